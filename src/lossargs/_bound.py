@@ -1,0 +1,293 @@
+"""A loss function with its extra arguments bound: an ordinary, immutable Keras loss."""
+
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NoReturn, Self
+
+import keras
+import numpy as np
+
+from lossargs._errors import ArgumentError, BatchError, ImmutableError, SavingError, listed
+from lossargs._function import LossFunction, registered
+from lossargs._keras import FunctionLoss, weighted_metrics_of_building_model
+from lossargs._values import decode, encode, exhibit, hand_on, identity, show, take
+
+SAMPLE_WEIGHT = "sample_weight"  # the batch entry that is the ordinary sample weight
+
+_interned: "weakref.WeakValueDictionary[Any, BoundLoss]" = weakref.WeakValueDictionary()
+_interned_lock = threading.Lock()
+
+
+@keras.saving.register_keras_serializable(package="lossargs")
+class BoundLoss(keras.losses.Loss):
+    """A Keras loss that calls its function with the bound extra arguments.
+
+    Made by calling a loss factory (see `with_args`), never directly. Losses of the same function,
+    with equal arguments and options, are equal, and are one object.
+    """
+
+    def __init__(
+        self,
+        function: LossFunction,
+        args: Mapping[str, Any],
+        *,
+        name: str,
+        reduction: str | None,
+        dtype: str,
+    ) -> None:
+        policy = keras.dtype_policies.get(dtype)
+        super().__init__(name=name, reduction=reduction, dtype=policy)
+        self._policy = policy
+        self._function = function
+        self._args = dict(args)
+        self._identity = _identity_of(function, args, name, reduction, dtype)
+        self._frozen = True
+
+    @classmethod
+    def of(
+        cls,
+        function: LossFunction,
+        args: Mapping[str, Any],
+        *,
+        name: str,
+        reduction: str | None,
+        dtype: str | None,
+    ) -> Self:
+        """The loss with these arguments: an equal one that is alive, or else a new one.
+
+        Raises:
+            ArgumentError: A value cannot be bound as a constant.
+            SignatureError: The function captures a variable or a symbolic tensor.
+        """
+        function.refuse_live_captures()
+        taken = {n: take(v, f"{n!r} of {function.name}()") for n, v in args.items()}
+        dtype = dtype or keras.config.floatx()
+        key = _identity_of(function, taken, name, reduction, dtype)
+        with _interned_lock:
+            loss = _interned.get(key)
+            if loss is None:
+                loss = cls(function, taken, name=name, reduction=reduction, dtype=dtype)
+                _interned[key] = loss
+        return loss
+
+    @property
+    def args(self) -> Mapping[str, Any]:
+        """The bound arguments by name, read-only."""
+        return MappingProxyType({name: exhibit(value) for name, value in self._args.items()})
+
+    def replace(self, **changes: Any) -> Self:
+        """A loss like this one, with some arguments bound anew.
+
+        Args:
+            **changes: Extra arguments of the function, by name.
+
+        Returns:
+            The other loss; this one stays as it is.
+
+        Raises:
+            ArgumentError: A name that the function does not take, or a value it cannot bind.
+
+        Example:
+            >>> shifted(10).replace(shift=5)
+            shifted(shift=5)
+        """
+        changes = self._function.bind((), changes)
+        return self.of(self._function, {**self._args, **changes}, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return {"name": self.name, "reduction": self.reduction, "dtype": self.dtype}
+
+    def __call__(
+        self, /, y_true: Any, y_pred: Any, sample_weight: Any = None, **extra: Any
+    ) -> Any:
+        """The loss of a batch.
+
+        Args:
+            y_true: The targets, shape `(batch_size, d0, .. dN)`, or nested ones.
+            y_pred: The predictions, of the same structure.
+            sample_weight: Weights that broadcast to the loss of each sample; or what came as the
+                third element of the data, a dict of extra arguments by name, where the key
+                `"sample_weight"` holds the weights.
+            **extra: Extra arguments for this call only. They override those of the batch, which
+                override the bound ones.
+
+        Returns:
+            The loss, reduced by `self.reduction`: a scalar, or one number for each sample.
+
+        Raises:
+            ArgumentError: An argument is missing or unknown.
+            BatchError: What came with the batch would be used wrongly, or not at all.
+        """
+        args = self._args
+        if isinstance(sample_weight, Mapping):
+            batch, sample_weight = self._split(sample_weight)
+            args = {**args, **batch}
+        if extra:
+            self._function.check_names(extra, f"{self._function.name} was called with")
+            args = {**args, **extra}
+        return self._evaluation(args, sample_weight)(y_true, y_pred, sample_weight)
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """The loss of each sample, before weights and reduction."""
+        return self._evaluation(self._args, None).call(y_true, y_pred)
+
+    def _evaluation(self, args: Mapping[str, Any], sample_weight: Any) -> FunctionLoss:
+        """The Keras loss of the plain function of two that one call comes to.
+
+        Arguments are not kept anywhere but in this closure, so threads never see each other's.
+        """
+        function = self._function
+        missing = function.missing(args)
+        if missing:
+            raise ArgumentError(
+                f"{function.name} needs a value for {listed(missing)}. Bind it, "
+                f"{function.name}({missing[0]}=...); or give it with the batch, as an entry of a "
+                f"dict in the third element of the data: fit(x, y, sample_weight={{{missing[0]!r}: "
+                "...}), and the same for validation and evaluate; or at the call. A loss in "
+                "metrics=[...] gets nothing from the batch."
+            )
+
+        def fn(y_true: Any, y_pred: Any) -> Any:
+            values = function.fn(
+                y_true, y_pred, **{name: hand_on(v, self.dtype) for name, v in args.items()}
+            )
+            if sample_weight is not None and _rank(values) == 0 and _rank(sample_weight) > 0:
+                raise BatchError(
+                    f"{function.name} returned one number for the whole batch, and was given "
+                    "weights for its samples (sample_weight or class_weight): Keras would scale "
+                    "that number by their mean, and which samples they belong to would not matter."
+                    " Return one number for each sample, e.g. keras.ops.mean(..., axis=-1)."
+                )
+            return values
+
+        return FunctionLoss(fn, reduction=self.reduction, name=self.name, dtype=self._policy)
+
+    def _split(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+        """The extra arguments and the sample weight in the third element of the data."""
+        self._function.check_names(
+            [name for name in batch if name != SAMPLE_WEIGHT],
+            "The batch (third element of the data) has an entry",
+            error=BatchError,
+            instead=(
+                " Leave it out; or, where several losses read one batch, let the function take and"
+                " ignore it: add **extra to its parameters."
+            ),
+        )
+        args = {name: value for name, value in batch.items() if name != SAMPLE_WEIGHT}
+        for name, value in args.items():
+            if value is None:
+                raise BatchError(
+                    f"The batch entry {name!r} for {self._function.name} is None. Leave it out to "
+                    "use the bound or default value, or give an array."
+                )
+        weighted_metrics = weighted_metrics_of_building_model()
+        # Keras weights such a metric by the first entry of the dict, in the order of its keys.
+        if weighted_metrics and args and min(batch) != SAMPLE_WEIGHT:
+            raise BatchError(
+                f"weighted_metrics={weighted_metrics} would be weighted by the batch entry "
+                f"{min(batch)!r}, since Keras takes the first entry of a dict for the sample "
+                "weights. Give these metrics as metrics=[...], without weights."
+            )
+        return args, batch.get(SAMPLE_WEIGHT)
+
+    def get_config(self) -> dict[str, Any]:
+        """What `from_config` needs to make this loss again.
+
+        Raises:
+            SavingError: The function or a value could not be found or read again.
+        """
+        function = self._function
+        function.refuse_saving()
+        return {
+            **self._options(),
+            "function": function.key,
+            "module": function.module,
+            "args": {
+                name: encode(value, f"{name!r} of {function.name}()")
+                for name, value in self._args.items()
+            },
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """The loss that `get_config` described.
+
+        Raises:
+            SavingError: Its function is not known in this process, takes other arguments by now, or
+                the config is damaged.
+        """
+        try:
+            key, module, args = config["function"], config["module"], config["args"]
+            options = {name: config[name] for name in ("name", "reduction", "dtype")}
+            items = dict(args).items()
+        except (KeyError, TypeError, ValueError) as error:
+            raise SavingError(f"The config of a lossargs loss is damaged: {error!r}.") from error
+        function = registered(key, module)
+        decoded = {name: decode(value) for name, value in items}
+        try:
+            return cls.of(function, function.bind((), decoded), **options)
+        except ArgumentError as error:
+            raise SavingError(f"The saved loss does not fit its function: {error}") from error
+
+    def __repr__(self) -> str:
+        function = self._function
+        given = {name: show(value) for name, value in self._args.items()}
+        given |= {name: "<from the batch>" for name in function.missing(self._args)}
+        shown = f"({', '.join(f'{name}={value}' for name, value in given.items())})"
+        usual = {"name": function.log_name, "reduction": "sum_over_batch_size"}
+        usual["dtype"] = keras.config.floatx()
+        options = {k: repr(v) for k, v in self._options().items() if v != usual[k]}
+        if not options:
+            return f"{function.name}{shown}"
+        return f"{function.name}.options({', '.join(f'{k}={v}' for k, v in options.items())}){shown}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BoundLoss) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self._function, self._args, self._options())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if getattr(self, "_frozen", False):
+            self._refuse_change(name)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._refuse_change(name)
+
+    def _refuse_change(self, name: str) -> NoReturn:
+        instead = (
+            f"{self._function.name}.options({name}=...)"
+            if name in self._options()
+            else f"loss.replace({name}=...)"
+        )
+        raise ImmutableError(
+            f"{self!r} cannot be changed ({name!r}): it may be in use elsewhere, as one object. "
+            f"Make another one, {instead}."
+        )
+
+
+def _unpickled(function: LossFunction, args: dict[str, Any], options: dict[str, Any]) -> BoundLoss:
+    return BoundLoss.of(function, args, **options)
+
+
+def _identity_of(
+    function: LossFunction, args: Mapping[str, Any], name: str, reduction: str | None, dtype: str
+) -> Any:
+    values = frozenset((name, identity(value)) for name, value in args.items())
+    return function, values, name, reduction, dtype
+
+
+def _rank(values: Any) -> int:
+    return len(values.shape) if hasattr(values, "shape") else np.ndim(values)

@@ -1,0 +1,39 @@
+"""What can go wrong, each also a built-in exception that callers already catch."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LossArgsError(Exception):
+    """Any error that lossargs raises by itself; catch this to catch them all."""
+
+
+class SignatureError(LossArgsError, TypeError):
+    """The function cannot be made a loss factory."""
+
+
+class ArgumentError(LossArgsError, TypeError):
+    """An argument is missing, unknown, given twice, or of a kind that cannot work."""
+
+
+class BatchError(LossArgsError, ValueError):
+    """What came with the batch would be used wrongly, or not at all."""
+
+
+class SavingError(LossArgsError, ValueError):
+    """A loss cannot be saved so that it loads again, or cannot be loaded."""
+
+
+class ImmutableError(LossArgsError, AttributeError):
+    """A bound loss was to be changed in place."""
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message: `'a', 'b'`, or `nothing`."""
+    return ", ".join(repr(name) for name in names) or "nothing"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the name that was probably meant."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,311 @@
+"""A user's loss function: what it takes, and the name it is saved and loaded by."""
+
+import contextlib
+import dis
+import inspect
+import pickle
+import pkgutil
+import sys
+import threading
+import types
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from lossargs._errors import (
+    ArgumentError,
+    LossArgsError,
+    SavingError,
+    SignatureError,
+    listed,
+    nearest,
+)
+from lossargs._keras import get_object_name
+from lossargs._values import live_kind
+
+# `loss(y_true, y_pred, sample_weight=None, **extra)` has these names for itself.
+RESERVED = ("y_true", "y_pred", "sample_weight")
+
+_registry: "dict[str, LossFunction]" = {}
+_registry_lock = threading.Lock()
+
+
+class LossFunction:
+    """A function `fn(y_true, y_pred, **extra)`, inspected once.
+
+    Attributes:
+        fn: The function itself.
+        name: What messages and `repr` call it.
+        log_name: What Keras would call it in the logs.
+        key: `package>name`, what a saved loss is found by.
+        signature: Its signature without the first two parameters.
+        takes_any_name: Whether it has a `**extra` parameter.
+    """
+
+    def __init__(self, fn: Callable[..., Any], *, name: str | None, package: str | None) -> None:
+        self.fn = fn
+        self.name = name or getattr(fn, "__name__", type(fn).__name__)
+        self.log_name = name or get_object_name(fn)
+        self.signature = _extra_signature(fn, self.name)
+        parameters = self.signature.parameters.values()
+        self._named = {p.name: p for p in parameters if p.kind is not p.VAR_KEYWORD}
+        self.takes_any_name = len(self._named) < len(self.signature.parameters)
+        self._required = tuple(n for n, p in self._named.items() if p.default is p.empty)
+
+        self._given = {"name": name, "package": package}
+        self.module, self._qualname = _home(fn)
+        self.key = f"{package or self.module}>{name or self._qualname}"
+        # Two functions at one place of one file are one function, read again: a module reloaded or
+        # run as a script beside its import, a notebook cell run once more.
+        file = getattr(sys.modules.get(fn.__module__), "__file__", None)
+        self._origin = (file or self.module, self._qualname)
+
+        self._inner: Any = inspect.unwrap(fn)  # below decorators that use functools.wraps
+        self._code: types.CodeType | None = getattr(self._inner, "__code__", None)
+        self._captured_names = self._code.co_freevars if self._code else ()
+        self._global_names = frozenset(_global_names(self._code))
+        self.refuse_live_captures()
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of `factory(*args, **kwargs)` by name; any may be left out.
+
+        Raises:
+            ArgumentError: Too many, unknown, or given twice.
+        """
+        positional = [n for n, p in self._named.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        if len(args) > len(positional):
+            raise ArgumentError(
+                f"{self.name}() was given {len(args)} positional arguments and takes "
+                f"{listed(positional)} by position. If {self.name} itself is what compile(loss=...)"
+                f" was given, call it: loss={self.name}(...)."
+            )
+        bound = dict(zip(positional, args, strict=False))
+        for name in kwargs:
+            if name in bound:
+                raise ArgumentError(
+                    f"{self.name}() was given {name!r} twice: by position ({bound[name]!r}) and by "
+                    f"name ({kwargs[name]!r}). Give it once, {self.name}({name}=...)."
+                )
+        self.check_names(kwargs, f"{self.name}() was given")
+        return {**bound, **kwargs}
+
+    def check_names(
+        self,
+        names: Iterable[str],
+        given: str,
+        *,
+        error: type[LossArgsError] = ArgumentError,
+        instead: str = "",
+    ) -> None:
+        """Raise `error` for the first of the names that the function does not take."""
+        for name in names:
+            if name in RESERVED or not (name in self._named or self.takes_any_name):
+                known = list(self._named)
+                raise error(
+                    f"{given} {name!r}, which {self.name} does not take. It takes {listed(known)} "
+                    f"besides the first two.{nearest(name, known)}{instead}"
+                )
+
+    def missing(self, given: Collection[str]) -> list[str]:
+        """The extra parameters without a default that are not among those given."""
+        return [name for name in self._required if name not in given]
+
+    def refuse_live_captures(self) -> None:
+        """Raise for a variable or symbolic tensor that the function reads from around itself."""
+        for name, value in self._captured():
+            if isinstance(value, (keras.Variable, keras.KerasTensor)):
+                raise SignatureError(
+                    f"{self.name} uses {name!r} from outside, {live_kind(value)}. Keras does not "
+                    "see it there: on JAX its value is frozen into the compiled step, and nowhere "
+                    f"is it trained or saved. Make it an argument, def {self.name}(y_true, y_pred, "
+                    f"{name}), and give it by that name."
+                )
+
+    def _captured(self) -> Iterator[tuple[str, Any]]:
+        for name in self._global_names:
+            yield name, self._inner.__globals__.get(name)
+        if self._captured_names:
+            for name, cell in zip(self._captured_names, self._inner.__closure__, strict=True):
+                with contextlib.suppress(ValueError):  # not assigned yet
+                    yield name, cell.cell_contents
+        for name, parameter in self._named.items():
+            yield name, parameter.default
+
+    def refuse_saving(self) -> None:
+        """Raise if a saved loss could not find this same function again.
+
+        Raises:
+            SavingError: The function is a lambda, captures variables, or was replaced since.
+        """
+        remedy = "Write it with `def` at the top of a module"
+        if self._qualname.endswith("<lambda>"):
+            raise SavingError(
+                f"{self.name} is a lambda, and a loss is saved by the name of its function. "
+                f"{remedy}, under @with_args."
+            )
+        if not isinstance(self._inner, types.FunctionType):
+            raise SavingError(
+                f"{self.name} is a {type(self._inner).__name__}, not a function: what it holds "
+                f"would not be saved with the loss. {remedy}, and make what it holds an argument."
+            )
+        if self._captured_names:
+            raise SavingError(
+                f"{self.name} captures {listed(self._captured_names)} from the function around it, "
+                f"which would not be saved with the loss. {remedy}, and make each an argument: "
+                f"def {self.name}(y_true, y_pred, {', '.join(self._captured_names)})."
+            )
+        if _registry[self.key]._code != self._code:
+            raise SavingError(
+                f"{self.name} was defined anew, with other code, after this loss was bound. It "
+                f"would load with the new code, under the name {self.key!r} that both share. "
+                "Bind and compile again with the new one, or give one of them a name of its own, "
+                "@with_args(name=...)."
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        place = f"{self.fn.__module__}:{getattr(self.fn, '__qualname__', '')}"
+        try:
+            found = _function_at(place)
+        except (ImportError, AttributeError, ValueError):
+            found = None
+        if found is not self.fn:
+            raise pickle.PicklingError(
+                f"{self.name} is not found at {place!r}, and functions are pickled by the place "
+                "where they are found. Write it with `def` at the top of a module, and decorate it "
+                "there."
+            )
+        return _unpickled, (place, self._given)
+
+
+def inspected(
+    fn: Callable[..., Any], *, name: str | None = None, package: str | None = None
+) -> LossFunction:
+    """The `LossFunction` of a function, registered under its name for loading.
+
+    Raises:
+        SignatureError: The function cannot take extra arguments as a loss does, or another function
+            is registered under its name.
+    """
+    new = LossFunction(fn, name=name, package=package)
+    with _registry_lock:
+        old = _registry.get(new.key)
+        if old is not None and old.fn is fn:
+            return old
+        if old is not None and old._origin != new._origin:
+            raise SignatureError(
+                f"Two different functions are called {new.key!r}: {old._qualname} of "
+                f"{old._origin[0]} and {new._qualname} of {new._origin[0]}. A saved loss could not "
+                "tell them apart. Give one of them a name or a package of its own: "
+                "@with_args(name=...) or @with_args(package=...)."
+            )
+        _registry[new.key] = new
+    return new
+
+
+def registered(key: str, module: str) -> LossFunction:
+    """The function that a saved loss names.
+
+    Args:
+        key: `package>name` of the function.
+        module: Where it was defined when the loss was saved; for the message only.
+
+    Raises:
+        SavingError: There is none of that name in this process.
+    """
+    package, _, name = key.partition(">")
+    for custom_name in (key, name):  # from custom_objects={...} of `load_model`
+        factory = keras.saving.get_registered_object(custom_name)
+        function = getattr(factory, "function", None)
+        if isinstance(function, LossFunction):
+            return function
+    if key in _registry:
+        return _registry[key]
+    if package == "keras.losses":
+        fn = getattr(keras.losses, name, None)
+        if isinstance(fn, types.FunctionType) and _is_keras_loss(fn):
+            return inspected(fn)
+    raise SavingError(
+        f"The saved loss uses the function {key!r}, which this process does not know. Import the "
+        f"module that defines it ({module!r} when it was saved) before loading; lossargs never "
+        f"imports what a file names. If it moved, give it its old name, "
+        f"@with_args(package={package!r}, name={name!r}), or load with "
+        f"custom_objects={{{key!r}: ...}}.{nearest(key, _registry)}"
+    )
+
+
+def _is_keras_loss(fn: types.FunctionType) -> bool:
+    return list(inspect.signature(fn).parameters)[:2] == ["y_true", "y_pred"]
+
+
+def _function_at(place: str) -> Any:
+    found = pkgutil.resolve_name(place)
+    function = getattr(found, "function", None)  # a factory stands where its function stood
+    return function.fn if isinstance(function, LossFunction) else found
+
+
+def _unpickled(place: str, given: dict[str, str | None]) -> LossFunction:
+    return inspected(_function_at(place), **given)
+
+
+def _extra_signature(fn: Any, name: str) -> inspect.Signature:
+    """The signature without the first two parameters, or an error that says what to write."""
+    example = f"Write `def {name if name.isidentifier() else 'my_loss'}(y_true, y_pred, shift): ...`"
+    if not callable(fn) or isinstance(fn, (type, keras.losses.Loss)):
+        raise SignatureError(
+            f"with_args() needs a function of (y_true, y_pred, ...) and was given {fn!r}. "
+            f"{example}; of a Keras loss take the function, e.g. keras.losses.huber for Huber."
+        )
+    try:
+        signature = inspect.signature(fn)
+    except (ValueError, TypeError) as error:
+        raise SignatureError(f"{name} does not tell its signature: {error}. {example}.") from error
+    parameters = list(signature.parameters.values())
+    extra = parameters[2:]
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if len(parameters) < 2 or any(p.kind not in by_position for p in parameters[:2]):
+        raise SignatureError(
+            f"{name}{signature} cannot be called as {name}(y_true, y_pred), as Keras does. "
+            f"{example}; a decorator on it should use functools.wraps."
+        )
+    for parameter in extra:
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
+            raise SignatureError(
+                f"{name}{signature}: {parameter.name!r} has no name to be given by, and arguments "
+                f"are saved, and come with the batch, by name. {example}."
+            )
+        if parameter.name in RESERVED:
+            raise SignatureError(
+                f"{name}{signature}: {parameter.name!r} is what Keras itself passes to a loss "
+                f"({listed(RESERVED)}). Rename it, e.g. {parameter.name}_2."
+            )
+    return signature.replace(parameters=extra, return_annotation=inspect.Signature.empty)
+
+
+def _home(fn: Any) -> tuple[str, str]:
+    """Module and qualified name that stay the same wherever the function is found from."""
+    qualname = getattr(fn, "__qualname__", type(fn).__qualname__)
+    if getattr(keras.losses, qualname, None) is fn:
+        return "keras.losses", qualname  # whatever private module it lives in
+    module = fn.__module__
+    if module in ("__main__", "__mp_main__"):
+        # The name under which another process will import the script.
+        main = sys.modules[module]
+        if getattr(main, "__spec__", None) is not None:
+            module = main.__spec__.name
+        elif getattr(main, "__file__", None):
+            module = Path(main.__file__).stem
+    return module, qualname
+
+
+def _global_names(code: types.CodeType | None) -> Iterator[str]:
+    """The global names that a function, and the functions written inside it, read."""
+    if code is None:
+        return
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "LOAD_GLOBAL":
+            yield instruction.argval
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _global_names(constant)

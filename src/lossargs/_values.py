@@ -1,0 +1,287 @@
+"""Constants: how a value is taken when it is bound, compared, handed on, shown, and saved."""
+
+import base64
+from collections.abc import Hashable
+from typing import Any
+
+import keras
+import numpy as np
+
+from lossargs._errors import ArgumentError, SavingError
+
+_PLAIN = (type(None), bool, int, str)  # what JSON keeps as it is, but for floats
+_ATOMS = (*_PLAIN, float, complex, bytes)
+
+
+def take(value: Any, where: str) -> Any:
+    """A copy of a value that is to be bound, so that later changes to it change nothing.
+
+    Args:
+        value: What the user gave.
+        where: The argument it was given for, for the message: `` `shift` of shifted() ``.
+
+    Raises:
+        ArgumentError: The value is not a constant, and cannot be used as one.
+    """
+    if type(value) in _ATOMS or isinstance(value, np.generic):
+        return value
+    if isinstance(value, dict):
+        return {take(k, where): take(v, where) for k, v in value.items()}
+    if isinstance(value, list):
+        return [take(item, where) for item in value]
+    if type(value) is tuple:
+        return tuple(take(item, where) for item in value)
+    _refuse_live(value, where)
+    if not isinstance(value, np.ndarray) and keras.ops.is_tensor(value):
+        return _copy_tensor(value, where)
+    if hasattr(value, "__array__"):
+        array = np.array(value, order="C")
+        if array.dtype.hasobject:
+            raise ArgumentError(
+                f"{where} is an array of Python objects, which no backend can compute with. "
+                f"Give it a numeric dtype, e.g. `array.astype('float32')`."
+            )
+        return array
+    try:
+        hash(value)
+    except TypeError:
+        raise ArgumentError(
+            f"{where} is a {type(value).__name__}, which can change after it was bound and cannot "
+            "be compared. Give a number, a string, an array, or a list, tuple or dict of these."
+        ) from None
+    return value
+
+
+def _copy_tensor(value: Any, where: str) -> Any:
+    try:
+        keras.ops.convert_to_numpy(value)
+    except Exception as error:
+        raise ArgumentError(
+            f"{where} is a tensor of a step that is being traced ({type(value).__name__}): it has "
+            "no value yet that could be bound. Give it at the call, loss(y_true, y_pred, name=...)."
+            " If you gave the factory itself to compile(loss=...), call it first:"
+            " loss=factory(...)."
+        ) from error
+    return keras.ops.copy(value)
+
+
+def live_kind(value: Any) -> str | None:
+    """What a value is whose content changes from step to step, or `None` for a constant."""
+    if isinstance(value, keras.Variable):
+        return "a keras.Variable"
+    if isinstance(value, keras.KerasTensor):
+        return "a symbolic tensor"
+    if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
+        return "a learning rate schedule"
+    if isinstance(value, keras.Layer):
+        return "a layer"
+    for cls in type(value).__mro__:
+        library = cls.__module__.partition(".")[0]
+        if (library, cls.__name__) in {
+            ("tensorflow", "Variable"),
+            ("torch", "Parameter"),
+            ("flax", "Variable"),
+        }:
+            return f"a {library} {cls.__name__}"
+    if getattr(value, "requires_grad", False):
+        return "a torch tensor that requires a gradient"
+    return None
+
+
+def _refuse_live(value: Any, where: str) -> None:
+    kind = live_kind(value)
+    if kind is not None:
+        raise ArgumentError(
+            f"{where} is {kind}: bound as a constant, it would keep the value it has now in the "
+            "compiled step. This version of lossargs binds constants only. Leave the argument "
+            "unbound and give its value with the batch, fit(..., sample_weight={name: values}), "
+            "or at the call, loss(y_true, y_pred, name=value)."
+        )
+
+
+def hand_on(value: Any, dtype: str) -> Any:
+    """The value for the user's function, the same on every backend.
+
+    Arrays and tensors become tensors that a step computes with: floats in `dtype`, as `y_true` and
+    `y_pred` are, bool and integers in their own. Containers are new, so that the function may
+    change them.
+    """
+    if type(value) in _ATOMS:
+        return value
+    if isinstance(value, dict):
+        return {k: hand_on(v, dtype) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(hand_on(item, dtype) for item in value)
+    if isinstance(value, np.ndarray) and value.dtype.kind in "SUMm":  # no numbers
+        return value
+    if isinstance(value, np.ndarray) or keras.ops.is_tensor(value):
+        own = keras.backend.standardize_dtype(value.dtype)
+        is_float = keras.backend.is_float_dtype(own)
+        return keras.ops.convert_to_tensor(value, dtype=dtype if is_float else own)
+    return value
+
+
+def exhibit(value: Any) -> Any:
+    """The value for `loss.args`: containers are new, arrays read-only."""
+    if isinstance(value, np.ndarray):
+        view = value.view()
+        view.flags.writeable = False
+        return view
+    if isinstance(value, dict):
+        return {k: exhibit(v) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(exhibit(item) for item in value)
+    return value
+
+
+class _ArrayIdentity:
+    """An array as a part of a hashable key: same dtype, shape and bytes."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self._array = array
+        self._outline = (array.dtype, array.shape)
+
+    def __hash__(self) -> int:
+        return hash(self._outline)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _ArrayIdentity)
+            and self._outline == other._outline
+            and self._array.tobytes() == other._array.tobytes()
+        )
+
+
+def identity(value: Any) -> Hashable:
+    """A key that is equal for two values if they make the same compiled step.
+
+    So 1, 1.0 and True differ, 0.0 and -0.0 differ, and NaN equals itself.
+    """
+    if type(value) in (float, complex):
+        return type(value), repr(value)
+    if isinstance(value, (np.ndarray, np.generic)):
+        return type(value), _ArrayIdentity(np.asarray(value))
+    if isinstance(value, dict):
+        return dict, frozenset((identity(k), identity(v)) for k, v in value.items())
+    if type(value) in (list, tuple):
+        return type(value), tuple(identity(item) for item in value)
+    if keras.ops.is_tensor(value):
+        return type(value), _ArrayIdentity(np.asarray(keras.ops.convert_to_numpy(value)))
+    return type(value), value
+
+
+def show(value: Any) -> str:
+    """The value for `repr`, large arrays by dtype and shape only."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{show(k)}: {show(v)}" for k, v in value.items()) + "}"
+    if type(value) is list:
+        return "[" + ", ".join(map(show, value)) + "]"
+    if type(value) is tuple:
+        return "(" + ", ".join(map(show, value)) + ("," if len(value) == 1 else "") + ")"
+    if isinstance(value, np.ndarray) and value.size <= 8:
+        return f"array({value.tolist()}, {value.dtype.name})"
+    if isinstance(value, np.ndarray) or keras.ops.is_tensor(value):
+        dtype = keras.backend.standardize_dtype(value.dtype)
+        return f"<{type(value).__name__} {dtype} {tuple(value.shape)}>"
+    return repr(value)
+
+
+def encode(value: Any, where: str) -> Any:
+    """The value as JSON keeps it exactly, to be read by `decode`.
+
+    Keras's own encoding of values loses what a loss can depend on: the dtype of NumPy scalars, the
+    shape of empty arrays, tuples, and the keys of a dict that are not strings.
+
+    Raises:
+        SavingError: The value would not load again.
+    """
+    if type(value) in (*_PLAIN, float):
+        return value
+    if type(value) is list:
+        return [encode(item, where) for item in value]
+    if type(value) is tuple:
+        return {"kind": "tuple", "items": [encode(item, where) for item in value]}
+    if isinstance(value, dict):
+        items = [[encode(k, where), encode(v, where)] for k, v in value.items()]
+        return {"kind": "dict", "items": items}
+    if type(value) is complex:
+        return {"kind": "complex", "items": [value.real, value.imag]}
+    if type(value) is bytes:
+        return {"kind": "bytes", "data": base64.b64encode(value).decode()}
+    if isinstance(value, np.ndarray):
+        return _encode_array("array", value)
+    if isinstance(value, np.generic):
+        return _encode_array("scalar", np.asarray(value))
+    if keras.ops.is_tensor(value):
+        return _encode_array("tensor", np.asarray(keras.ops.convert_to_numpy(value)))
+    return _encode_object(value, where)
+
+
+def _encode_array(kind: str, array: np.ndarray[Any, Any]) -> dict[str, Any]:
+    array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    # NumPy spells the dtypes of ml_dtypes (bfloat16, ...) as raw bytes; their name is exact.
+    dtype = array.dtype.name if array.dtype.kind == "V" else array.dtype.str
+    data = base64.b64encode(array.tobytes()).decode()
+    return {"kind": kind, "dtype": dtype, "shape": list(array.shape), "data": data}
+
+
+def _encode_object(value: Any, where: str) -> dict[str, Any]:
+    try:
+        if getattr(value, "__name__", None) == "<lambda>":
+            raise TypeError("a lambda has no name to be found by")
+        config = keras.saving.serialize_keras_object(value)
+        keras.saving.deserialize_keras_object(config)
+    except SavingError:
+        raise
+    except Exception as error:
+        raise SavingError(
+            f"{where} is {value!r}, which Keras cannot save and load again: {error} "
+            "Give a plain value, or register its class or function with "
+            "@keras.saving.register_keras_serializable()."
+        ) from error
+    return {"kind": "keras", "object": config}
+
+
+def decode(config: Any) -> Any:
+    """The value that `encode` wrote.
+
+    Raises:
+        SavingError: This is not what `encode` writes.
+    """
+    if type(config) in (*_PLAIN, float):
+        return config
+    if isinstance(config, list):
+        return [decode(item) for item in config]
+    try:
+        match config["kind"]:
+            case "tuple":
+                return tuple(decode(item) for item in config["items"])
+            case "dict":
+                return {decode(k): decode(v) for k, v in config["items"]}
+            case "complex":
+                return complex(*config["items"])
+            case "bytes":
+                return base64.b64decode(config["data"], validate=True)
+            case "array":
+                return _decode_array(config)
+            case "scalar":
+                return _decode_array(config)[()]
+            case "tensor":
+                return keras.ops.convert_to_tensor(_decode_array(config))
+            case "keras":
+                return keras.saving.deserialize_keras_object(config["object"])
+            case kind:
+                raise ValueError(f"unknown kind {kind!r}")
+    except SavingError:
+        raise
+    except Exception as error:
+        raise SavingError(
+            f"A saved value cannot be read: {error} ({type(error).__name__}). The file is damaged, "
+            "not written by lossargs, or written by a newer version of it."
+        ) from error
+
+
+def _decode_array(config: dict[str, Any]) -> np.ndarray[Any, Any]:
+    data = base64.b64decode(config["data"], validate=True)
+    array = np.frombuffer(data, dtype=np.dtype(config["dtype"])).reshape(config["shape"])
+    return array.copy()  # writable, and not tied to the text it was read from
