@@ -36,6 +36,7 @@ def take(value: Any, where: str) -> Any:
         return _copy_tensor(value, where)
     if hasattr(value, "__array__"):
         array = np.array(value, order="C")
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
         if array.dtype.hasobject:
             raise ArgumentError(
                 f"{where} is an array of Python objects, which no backend can compute with. "

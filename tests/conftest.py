@@ -1,0 +1,43 @@
+"""What all tests share: the backend they run on, a seed, and small data."""
+
+import os
+from types import SimpleNamespace
+
+import keras
+import numpy as np
+import pytest
+from helpers import BACKEND
+
+
+
+def pytest_report_header() -> str:
+    return f"keras {keras.__version__} on {BACKEND}"
+
+
+def pytest_sessionstart() -> None:
+    expected = os.environ.get("LOSSARGS_TEST_BACKEND", BACKEND)
+    if expected != BACKEND:
+        pytest.exit(f"these tests were to run on {expected}, Keras runs on {BACKEND}", returncode=3)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if BACKEND == "numpy" and item.get_closest_marker("fit"):
+            item.add_marker(pytest.mark.skip(reason="Keras's NumPy backend does not train"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def data() -> SimpleNamespace:
+    """A regression problem with a mask and a weight for each sample."""
+    rng = np.random.default_rng(0)
+    return SimpleNamespace(
+        x=rng.normal(size=(12, 3)).astype("float32"),
+        y=rng.normal(size=(12, 2)).astype("float32"),
+        mask=rng.random((12, 2)) > 0.4,
+        weight=rng.random(12).astype("float32"),
+    )

@@ -1,0 +1,49 @@
+"""Loss functions that tests import, here and in other processes."""
+
+import keras
+from keras import ops
+
+from lossargs import with_args
+
+
+@with_args
+def shifted(y_true, y_pred, shift):
+    return keras.losses.mean_squared_error(y_true, y_pred) + shift
+
+
+@with_args
+def masked(y_true, y_pred, *, mask):
+    mask = ops.cast(mask, y_pred.dtype)
+    return ops.mean(mask * ops.square(y_true - y_pred), axis=-1)
+
+
+@with_args
+def scaled(y_true, y_pred, scale=1.0, *, power=2.0):
+    return scale * ops.mean(ops.power(ops.abs(y_true - y_pred), power), axis=-1)
+
+
+@with_args
+def flexible(y_true, y_pred, **extra):
+    total = keras.losses.mean_squared_error(y_true, y_pred)
+    for value in extra.values():
+        total = total + value
+    return total
+
+
+@with_args
+def total(y_true, y_pred):
+    return ops.mean(ops.square(y_true - y_pred))
+
+
+@with_args
+def described(y_true, y_pred, *, what=None):
+    """Takes any value; the loss does not depend on it."""
+    return keras.losses.mean_squared_error(y_true, y_pred)
+
+
+@with_args
+def composed(y_true, y_pred, *, main, weight=1.0):
+    return weight * main(y_true, y_pred)
+
+
+focal = with_args(keras.losses.categorical_focal_crossentropy)

@@ -1,0 +1,101 @@
+"""The compiled step of a loss with constants is that of the hand-written closure."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import BACKEND, linear_model
+from keras import ops
+
+from lossargs import with_args
+
+pytestmark = pytest.mark.fit
+
+
+def shifted(y_true, y_pred, shift, scale):
+    return scale * ops.mean(ops.square(y_true - y_pred), axis=-1) + shift
+
+
+def closure(shift, scale):
+    def loss(y_true, y_pred):
+        return scale * ops.mean(ops.square(y_true - y_pred), axis=-1) + shift
+
+    return loss
+
+
+def size_of_train_step(model, batch):
+    """Instructions of JAX's optimized program, nodes of TensorFlow's graph, operators of torch."""
+    model._symbolic_build(data_batch=batch)
+    model.optimizer.build(model.trainable_variables)
+    if BACKEND == "jax":
+        import jax
+
+        state = model._get_jax_state(
+            trainable_variables=True,
+            non_trainable_variables=True,
+            optimizer_variables=True,
+            metrics_variables=True,
+        )
+        text = jax.jit(model.train_step).lower(state, batch).compile().as_text()
+        return sum(" = " in line for line in text.splitlines())
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        tensors = tf.nest.map_structure(tf.constant, batch)
+        graph = tf.function(model.train_step, autograph=False).get_concrete_function(tensors).graph
+        definition = graph.as_graph_def()
+        inner = sum(len(function.node_def) for function in definition.library.function)
+        return len(definition.node) + inner
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counter(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += 1
+            return function(*args, **(kwargs or {}))
+
+    tensors = tuple(torch.as_tensor(array) for array in batch)
+    model.train_step(tensors)  # what happens once only
+    with Counter() as counter:
+        model.train_step(tensors)
+    return counter.count
+
+
+def step_with(loss, data):
+    model = linear_model()
+    model.compile(keras.optimizers.SGD(0.1), loss=loss)
+    return size_of_train_step(model, (data.x, data.y))
+
+
+@pytest.mark.parametrize("shift", [10.0, 10, np.float32(10)], ids=["float", "int", "numpy"])
+def test_same_program_as_the_closure(data, shift):
+    assert step_with(with_args(shifted)(shift, scale=2.0), data) == step_with(
+        closure(shift, 2.0), data
+    )
+
+
+def test_the_comparison_can_fail(data):
+    def longer(y_true, y_pred):
+        return shifted(y_true, y_pred, 10.0, 2.0) + ops.sum(ops.exp(y_pred), axis=-1)
+
+    assert step_with(longer, data) > step_with(closure(10.0, 2.0), data)
+
+
+def test_a_step_is_traced_once(data):
+    traces = []
+
+    @with_args
+    def counting(y_true, y_pred, *, shift, mask):
+        if BACKEND != "torch":  # where nothing is traced, the function runs each time
+            traces.append(type(mask).__name__)
+        return ops.mean(ops.square(y_true - y_pred), axis=-1) * mask + shift
+
+    model = linear_model()
+    model.compile("sgd", loss=counting(shift=10))
+    batch = {"mask": data.weight}
+    model.train_on_batch(data.x, data.y, sample_weight=batch)
+    first = len(traces)
+    for _ in range(20):
+        model.train_on_batch(data.x, data.y, sample_weight=batch)
+    assert len(traces) == first <= 3

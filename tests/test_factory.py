@@ -1,0 +1,354 @@
+"""`with_args` and the factory: signatures, binding, options, pickling."""
+
+import copy
+import gc
+import inspect
+import pickle
+import types
+
+import keras
+import losses
+import numpy as np
+import pytest
+from helpers import message_of, to_float
+from keras import ops
+from losses import flexible, focal, scaled, shifted
+
+import lossargs
+from lossargs import ArgumentError, SignatureError, with_args
+
+
+def mse(y_true, y_pred):
+    return ops.mean(ops.square(y_true - y_pred), axis=-1)
+
+
+Y_TRUE, Y_PRED = np.zeros((2, 1), "float32"), np.array([[1.0], [3.0]], "float32")  # mse: 5
+
+
+def test_public_names():
+    public = {n for n in vars(lossargs) if not n.startswith("_")}
+    public -= {n for n, v in vars(lossargs).items() if isinstance(v, types.ModuleType)}
+    assert set(lossargs.__all__) == public
+    assert sorted(lossargs.__all__) == lossargs.__all__
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (shifted(10), 15),
+        (shifted(shift=10), 15),
+        (scaled(), 5),
+        (scaled(2), 10),
+        (scaled(2, power=1.0), 4),
+        (scaled(scale=2, power=1.0), 4),
+        (flexible(), 5),
+        (flexible(a=1, b=2), 8),
+    ],
+)
+def test_every_form_of_signature(loss, expected):
+    assert to_float(loss(Y_TRUE, Y_PRED)) == expected
+
+
+def test_first_two_parameters_may_have_any_names():
+    @with_args
+    def swapped(labels, outputs, /, shift):
+        return mse(labels, outputs) + shift
+
+    assert to_float(swapped(1)(Y_TRUE, Y_PRED)) == 6
+
+
+def test_called_decorator():
+    @with_args(name="late", reduction="sum", dtype="float64", package="tests")
+    def early(y_true, y_pred, shift):
+        return mse(y_true, y_pred) + shift
+
+    loss = early(1)
+    assert (loss.name, loss.reduction, loss.dtype) == ("late", "sum", "float64")
+    assert early.function.key == "tests>late"
+    assert to_float(loss(Y_TRUE, Y_PRED)) == 12
+
+
+def test_existing_keras_function():
+    assert str(inspect.signature(focal)) == (
+        "(alpha=0.25, gamma=2.0, from_logits=False, label_smoothing=0.0, axis=-1)"
+    )
+    one_hot, probabilities = np.eye(3)[:2], np.full((2, 3), 1 / 3)
+    ours = focal(gamma=1.0)(one_hot, probabilities)
+    theirs = keras.losses.CategoricalFocalCrossentropy(gamma=1.0)(one_hot, probabilities)
+    assert to_float(ours) == to_float(theirs)
+
+
+def test_factory_tells_about_its_function():
+    assert shifted.__name__ == "shifted"
+    assert shifted.__module__ == "losses"
+    assert losses.described.__doc__.startswith("Takes any value")
+    assert str(inspect.signature(shifted)) == "(shift)"
+    assert list(inspect.signature(shifted.__wrapped__).parameters) == ["y_true", "y_pred", "shift"]
+    assert repr(scaled) == "<loss factory scaled(scale=1.0, *, power=2.0)>"
+
+
+def test_options_change_what_is_given_and_keep_the_rest():
+    late = shifted.options(name="late", reduction="sum").options(dtype="float16")
+    assert (late(1).name, late(1).reduction, late(1).dtype) == ("late", "sum", "float16")
+    assert shifted(1).name == "shifted"
+    assert late.__wrapped__ is shifted.__wrapped__
+    assert late.options(reduction=None)(1).reduction is None
+    assert late == shifted.options(name="late", reduction="sum", dtype="float16") != shifted
+    assert hash(late) == hash(late.options())
+
+
+def test_options_are_checked_at_once():
+    with pytest.raises(ValueError, match="reduction"):
+        shifted.options(reduction="average")
+
+
+def test_dtype_is_the_floatx_of_the_time_of_binding():
+    assert shifted(1).dtype == "float32"
+    keras.config.set_floatx("float64")
+    try:
+        assert shifted(1).dtype == "float64"
+        assert shifted.options(dtype="float32")(1).dtype == "float32"
+    finally:
+        keras.config.set_floatx("float32")
+
+
+def test_dtype_policy_counts_by_what_it_computes_in():
+    assert shifted.options(dtype="mixed_float16")(1).dtype == "float16"
+    assert shifted.options(dtype=keras.DTypePolicy("float64"))(1).dtype == "float64"
+
+
+def test_equal_constants_give_the_same_object():
+    assert shifted(10) is shifted(shift=10)
+    assert shifted.options()(10) is shifted(10)
+    assert shifted(10) is not shifted(5)
+    assert shifted(10) is not shifted.options(reduction="sum")(10)
+    loss = losses.described(what={"a": [1, (2.0, None)], "b": "c"})
+    assert losses.described(what={"b": "c", "a": [1, (2.0, None)]}) is loss
+    assert losses.described(what=np.arange(3)) is losses.described(what=np.arange(3))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (1, 1.0),
+        (1, True),
+        (0.0, -0.0),
+        (1.0, 1 + 0j),
+        ([1], (1,)),
+        (np.float32(1), np.float64(1)),
+        (np.arange(3), np.arange(3.0)),
+        (np.zeros((1, 2)), np.zeros((2, 1))),
+        (np.arange(3), [0, 1, 2]),
+    ],
+    ids=repr,
+)
+def test_values_that_compile_differently_are_different(one, other):
+    assert losses.described(what=one) != losses.described(what=other)
+
+
+def test_nan_equals_itself():
+    assert losses.described(what=float("nan")) is losses.described(what=float("nan"))
+
+
+def test_same_object_is_held_weakly():
+    function = shifted.function
+    gc.collect()
+    before = sum(isinstance(o, keras.losses.Loss) for o in gc.get_objects())
+    for number in range(100):
+        shifted(1000 + number)
+    gc.collect()
+    assert sum(isinstance(o, keras.losses.Loss) for o in gc.get_objects()) == before
+    assert shifted.function is function
+
+
+def test_factory_pickles_by_reference():
+    assert pickle.loads(pickle.dumps(shifted)) == shifted
+    late = shifted.options(name="late")
+    assert pickle.loads(pickle.dumps(late)) == late
+    assert b"mean_squared_error" not in pickle.dumps(shifted)  # no code inside
+    assert pickle.loads(pickle.dumps(focal)) == focal
+    assert copy.deepcopy(shifted) is shifted
+    assert copy.copy(shifted) is shifted
+
+
+def test_local_function_does_not_pickle():
+    @with_args
+    def local(y_true, y_pred):
+        return mse(y_true, y_pred)
+
+    with pytest.raises(pickle.PicklingError, match="local is not found at .*at the top of a module"):
+        pickle.dumps(local)
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda: 0, "cannot be called as <lambda>(y_true, y_pred)"),
+        (lambda y_true: 0, "cannot be called as"),
+        (lambda *args: 0, "should use functools.wraps"),
+        (lambda y_true, *, y_pred: 0, "cannot be called as"),
+        (lambda t, p, *rest: 0, "'rest' has no name to be given by"),
+        (lambda t, p, shift, /: 0, "'shift' has no name to be given by"),
+        (lambda t, p, sample_weight: 0, "'sample_weight' is what Keras itself passes"),
+        (lambda t, p, y_true: 0, "'y_true' is what Keras itself passes"),
+        ("mse", "was given 'mse'"),
+        (keras.losses.Huber, "take the function, e.g. keras.losses.huber"),
+        (keras.losses.Huber(), "take the function, e.g. keras.losses.huber"),
+        (shifted, "is a loss factory already. For other options write shifted.options(...)"),
+    ],
+)
+def test_functions_that_cannot_be_a_factory(function, text):
+    with pytest.raises(SignatureError) as error:
+        with_args(function)
+    assert text in message_of(error.value)
+    assert isinstance(error.value, TypeError)
+
+
+def test_callable_without_a_signature():
+    with pytest.raises(SignatureError, match="does not tell its signature"):
+        with_args(min)
+
+
+def test_wrapped_function_shows_through_functools_wraps():
+    import functools
+
+    def halved(function):
+        @functools.wraps(function)
+        def wrapper(*args, **kwargs):
+            return function(*args, **kwargs) / 2
+
+        return wrapper
+
+    @with_args
+    @halved
+    def inner(y_true, y_pred, shift):
+        return mse(y_true, y_pred) + shift
+
+    assert to_float(inner(1)(Y_TRUE, Y_PRED)) == 3
+
+
+@pytest.mark.parametrize(
+    ("bind", "text"),
+    [
+        (
+            lambda: shifted(shfit=10),
+            "shifted() was given 'shfit', which shifted does not take. It takes 'shift' besides the"
+            " first two. Did you mean 'shift'?",
+        ),
+        (
+            lambda: shifted(10, shift=5),
+            "shifted() was given 'shift' twice: by position (10) and by name (5). Give it once, "
+            "shifted(shift=...).",
+        ),
+        (
+            lambda: shifted(1, 2),
+            "shifted() was given 2 positional arguments and takes 'shift' by position.",
+        ),
+        (lambda: losses.masked(1), "takes nothing by position"),
+        (lambda: flexible(sample_weight=1), "'sample_weight', which flexible does not take"),
+        (lambda: flexible(y_true=1), "'y_true', which flexible does not take"),
+        (
+            lambda: losses.composed(main=shifted),
+            "'main' of composed() is the factory shifted, not a loss. Call it: main=shifted(...).",
+        ),
+    ],
+)
+def test_wrong_binding(bind, text):
+    with pytest.raises(ArgumentError) as error:
+        bind()
+    assert text in message_of(error.value)
+    assert isinstance(error.value, TypeError)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (lambda: {1, 2}, "'shift' of shifted() is a set, which can change after it was bound"),
+        (lambda: np.array([None, 1]), "is an array of Python objects"),
+        (lambda: [1, {2}], "is a set"),
+        (lambda: keras.Variable(1.0), "'shift' of shifted() is a keras.Variable: bound as a const"),
+        (lambda: keras.Input((2,)), "is a symbolic tensor"),
+        (lambda: keras.optimizers.schedules.ExponentialDecay(1.0, 2, 0.5), "a learning rate sched"),
+        (lambda: keras.layers.Dense(1), "is a layer"),
+        (lambda: {"deep": [keras.Variable(1.0)]}, "is a keras.Variable"),
+    ],
+)
+def test_values_that_are_no_constants(value, text):
+    with pytest.raises(ArgumentError) as error:
+        shifted(value())
+    assert text in message_of(error.value)
+
+
+def test_captured_variable():
+    temperature = keras.Variable(1.0)
+
+    with pytest.raises(SignatureError) as error:
+
+        @with_args
+        def cooled(y_true, y_pred):
+            return mse(y_true, y_pred) / temperature
+
+    assert message_of(error.value).startswith(
+        "cooled uses 'temperature' from outside, a keras.Variable."
+    )
+    assert "def cooled(y_true, y_pred, temperature)" in message_of(error.value)
+
+
+def test_captured_symbolic_tensor():
+    z_mean = keras.Input((2,))
+
+    with pytest.raises(SignatureError, match="'z_mean' from outside, a symbolic tensor"):
+
+        @with_args
+        def kl(y_true, y_pred):
+            return mse(y_true, y_pred) + sum(ops.square(z_mean) for _ in range(2))
+
+
+def test_global_variable_is_seen_when_the_loss_is_bound(monkeypatch):
+    @with_args
+    def cooled(y_true, y_pred):
+        def divide(value):
+            return value / TEMPERATURE  # noqa: F821
+
+        return divide(mse(y_true, y_pred))
+
+    monkeypatch.setitem(globals(), "TEMPERATURE", keras.Variable(1.0))
+    with pytest.raises(SignatureError, match="cooled uses 'TEMPERATURE' from outside"):
+        cooled()
+
+
+def test_variable_as_a_default():
+    with pytest.raises(SignatureError, match="uses 'temperature' from outside, a keras.Variable"):
+
+        @with_args
+        def cooled(y_true, y_pred, temperature=keras.Variable(1.0)):  # noqa: B008
+            return mse(y_true, y_pred) / temperature
+
+
+def test_captured_constants_are_fine():
+    later: list[float]
+    margin = 2.0
+
+    @with_args
+    def hinge(y_true, y_pred):
+        return mse(y_true, y_pred) + margin + later[0]
+
+    later = [1.0]
+    assert to_float(hinge()(Y_TRUE, Y_PRED)) == 8
+
+
+def test_two_functions_of_one_name():
+    def first(y_true, y_pred):
+        return mse(y_true, y_pred)
+
+    def second(y_true, y_pred):
+        return mse(y_true, y_pred)
+
+    with_args(first, name="same", package="two_functions")
+    with_args(first, name="same", package="two_functions")  # the same one: fine
+    with pytest.raises(SignatureError) as error:
+        with_args(second, name="same", package="two_functions")
+    text = message_of(error.value)
+    assert text.startswith("Two different functions are called 'two_functions>same': test_two_func")
+    assert "@with_args(package=...)" in text
+    with_args(second, name="same", package="another")

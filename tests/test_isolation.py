@@ -1,0 +1,61 @@
+"""The package imports no backend and leaves `KERAS_BACKEND` alone."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from helpers import BACKEND, run_python
+
+import lossargs
+
+PACKAGE = Path(lossargs.__file__).parent
+
+# Prints what modules whose name starts with "lossargs" import of the backends, even if loaded.
+WATCHED = """
+import builtins, os, sys
+import keras
+before, plain, found = dict(os.environ), builtins.__import__, []
+
+def watching(name, globals=None, locals=None, fromlist=(), level=0):
+    importer = (globals or {{}}).get("__name__", "")
+    if importer.startswith("lossargs") and name.split(".")[0] in ("jax", "tensorflow", "torch"):
+        found.append((importer, name))
+    return plain(name, globals, locals, fromlist, level)
+
+builtins.__import__ = watching
+sys.path.insert(0, {path!r})
+import lossargs
+{extra}
+assert dict(os.environ) == before
+print(found)
+"""
+
+
+def test_no_backend_is_imported():
+    assert run_python(WATCHED.format(path=str(PACKAGE.parent), extra="")).strip() == "[]"
+
+
+@pytest.mark.skipif(BACKEND == "numpy", reason="nothing to import")
+def test_that_test_can_fail(tmp_path):
+    (tmp_path / "lossargs_cheat.py").write_text(f"import {BACKEND}\n")
+    extra = f"sys.path.insert(0, {str(tmp_path)!r}); import lossargs_cheat"
+    output = run_python(WATCHED.format(path=str(PACKAGE.parent), extra=extra)).strip()
+    assert output == f"[('lossargs_cheat', '{BACKEND}')]"
+
+
+def test_private_names_of_keras_live_in_one_module():
+    users = set()
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("keras.src"):
+                users.add(path.name)
+    assert users == {"_keras.py"}
+
+
+def test_imports_go_in_one_direction():
+    order = ["_errors", "_keras", "_values", "_function", "_bound", "_factory", "__init__"]
+    assert {path.stem for path in PACKAGE.glob("*.py")} == set(order)
+    for place, module in enumerate(order):
+        for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lossargs."):
+                assert order.index(node.module.removeprefix("lossargs.")) < place

@@ -1,0 +1,152 @@
+"""Values of arguments in configs: written and read back exactly, or refused."""
+
+import json
+
+import keras
+import losses
+import ml_dtypes
+import numpy as np
+import pytest
+from helpers import message_of
+from losses import composed, described, shifted
+
+from lossargs import SavingError
+
+
+def reloaded(loss):
+    """The loss after its config went through JSON, as in a model file."""
+    config = keras.losses.serialize(loss)
+    return keras.losses.deserialize(json.loads(json.dumps(config)))
+
+
+VALUES = [
+    None,
+    True,
+    10,
+    -0.0,
+    float("nan"),
+    float("inf"),
+    1e-300,
+    2 + 3j,
+    "",
+    "Größe\n\0",
+    b"\xff\x00",
+    [],
+    (),
+    {},
+    [1, (2.0, [None, "a"])],
+    {"a": {"b": (1,)}},
+    {0: 1.0, 1: 2.0, (2, None): 3.0},
+    {"kind": "tuple", "items": [1]},
+    {"class_name": "Dense", "config": {"units": 3}, "module": "keras.layers"},
+    np.float32(0.1),
+    np.int8(-3),
+    np.bool_(True),
+    np.array(3.0),
+    np.zeros((0, 3), "float16"),
+    np.array([[1.5, np.nan], [-np.inf, -0.0]], ">f4"),
+    np.array(["a", "bcd"]),
+    np.array(["2026-11-23"], "datetime64[D]"),
+    np.array([1 + 2j], "complex64"),
+    np.asfortranarray(np.arange(6).reshape(2, 3)),
+    np.arange(4).astype(ml_dtypes.bfloat16),
+]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_value_comes_back_exactly(value):
+    assert reloaded(described(what=value)) == described(what=value)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bool", "int8", "uint8", "int16", "int32", "int64", "float16", "float32", "float64"]
+)
+def test_arrays_of_every_dtype_come_back(dtype):
+    array = np.array([[0, 1, 2], [3, 4, 5]], dtype)
+    back = reloaded(described(what=array)).args["what"]
+    np.testing.assert_array_equal(back, array)
+    assert back.dtype == array.dtype
+
+
+def test_tensor_comes_back_as_a_tensor():
+    tensor = keras.ops.convert_to_tensor([1.0, 2.0])
+    loss = described(what=tensor)
+    back = reloaded(loss)
+    assert keras.ops.is_tensor(back.args["what"])
+    assert back == loss
+    assert "float32 (2,)" in repr(loss)
+
+
+def test_loss_as_a_value_comes_back():
+    loss = composed(main=shifted.options(reduction=None)(3), weight=2)
+    assert reloaded(loss) == loss
+
+
+def test_keras_objects_as_values_come_back():
+    back = reloaded(described(what=keras.losses.Huber(delta=3.0))).args["what"]
+    assert isinstance(back, keras.losses.Huber)
+    assert reloaded(described(what=keras.activations.relu)) == described(
+        what=keras.activations.relu
+    )
+
+
+def test_options_come_back():
+    loss = losses.scaled.options(name="late", reduction="sum", dtype="float64")(2)
+    back = reloaded(loss)
+    assert (back.name, back.reduction, back.dtype) == ("late", "sum", "float64")
+    assert back is loss
+
+
+def local_function(x):
+    return x
+
+
+class Unregistered:
+    pass
+
+
+@pytest.mark.parametrize("value", [local_function, lambda x: x, Unregistered(), object()])
+def test_values_that_would_not_load_are_refused_when_saving(value):
+    with pytest.raises(SavingError) as error:
+        described(what=value).get_config()
+    assert message_of(error.value).startswith("'what' of described() is <")
+    assert "register its class or function with @keras.saving.register" in message_of(error.value)
+    assert isinstance(error.value, ValueError)
+
+
+def test_unsaveable_loss_inside_a_value_tells_its_own_reason():
+    from lossargs import with_args
+
+    inner = with_args(lambda t, p: t - p)()
+    with pytest.raises(SavingError, match="is a lambda"):
+        described(what=[inner]).get_config()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"kind": "function"},
+        {"no": "kind"},
+        {"kind": "array", "dtype": "float32", "shape": [3], "data": "AAAA"},
+        {"kind": "array", "dtype": "object", "shape": [1], "data": "AAAAAAAAAAA="},
+        {"kind": "array", "dtype": "float32", "shape": [1]},
+        {"kind": "bytes", "data": "not base64!"},
+        {"kind": "complex", "items": [1, 2, 3]},
+        {"kind": "keras", "object": {"module": "os", "class_name": "system", "config": {}}},
+        {"kind": "dict", "items": [[1]]},
+    ],
+    ids=repr,
+)
+def test_damaged_values(value):
+    config = described(what=1).get_config()
+    config["args"]["what"] = value
+    with pytest.raises(SavingError, match="A saved value cannot be read"):
+        type(described()).from_config(config)
+
+
+@pytest.mark.parametrize("key", ["function", "module", "args", "name", "reduction", "dtype"])
+def test_damaged_config(key):
+    config = described(what=1).get_config()
+    del config[key]
+    with pytest.raises(SavingError, match=f"config of a lossargs loss is damaged.*{key}"):
+        type(described()).from_config(config)
