@@ -119,7 +119,8 @@ def sample_digits(seed: int) -> Digits:
     return (train[:, :784], train[:, 784]), (test[:, :784], test[:, 784])
 
 
-def digits_of(path: str) -> Digits:
+def npz_digits(path: str) -> Digits:
+    """The digits in a file such as `np.savez` writes."""
     try:
         with np.load(path) as archive:
             arrays = {key: archive[key] for key in KEYS if key in archive}
@@ -130,16 +131,17 @@ def digits_of(path: str) -> Digits:
     missing = [key for key in KEYS if key not in arrays]
     if missing:
         fail(f"--data {path!r} lacks {', '.join(missing)}")
-    train, test = (check(part, arrays[f"x_{part}"], arrays[f"y_{part}"]) for part in ("train", "test"))
-    return train, test
+    for part in ("train", "test"):
+        check(part, arrays[f"x_{part}"], arrays[f"y_{part}"])
+    return (arrays["x_train"], arrays["y_train"]), (arrays["x_test"], arrays["y_test"])
 
 
-def check(part: str, x: np.ndarray, y: np.ndarray) -> Part:
+def check(part: str, x: np.ndarray, y: np.ndarray) -> None:
+    """End the program for data that would fail later, or train on the wrong thing unnoticed."""
     if x.shape[1:] not in ((28, 28), (784,)) or x.dtype.kind not in "uif" or not len(x):
         fail(f"x_{part} is {x.dtype} {x.shape}, and not numbers (n, 28, 28) or (n, 784)")
     if y.shape != x.shape[:1] or y.dtype.kind not in "ui" or y.min() < 0 or y.max() > 9:
         fail(f"y_{part} is {y.dtype} {y.shape}, and not {len(x)} whole numbers from 0 to 9")
-    return x, y
 
 
 def import_keras(backend: str | None) -> None:
@@ -148,14 +150,18 @@ def import_keras(backend: str | None) -> None:
     try:
         import lossargs  # noqa: F401 - brings Keras, which brings the backend
     except ModuleNotFoundError as error:
-        fail(f"{error.name} is not installed: pip install {error.name}, or choose a --backend")
+        other = ", or choose another --backend" if error.name in BACKENDS else ""
+        fail(f"{error.name} is not installed: pip install {error.name}{other}")
 
 
 if __name__ == "__main__":
     OPTIONS = parse_options()
-    DIGITS = None  # Keras will load the full set
-    if OPTIONS.data != "full":
-        DIGITS = sample_digits(OPTIONS.seed) if OPTIONS.data == "sample" else digits_of(OPTIONS.data)
+    if OPTIONS.data == "sample":
+        DIGITS = sample_digits(OPTIONS.seed)
+    elif OPTIONS.data == "full":
+        DIGITS = None  # Keras itself loads them
+    else:
+        DIGITS = npz_digits(OPTIONS.data)
     import_keras(OPTIONS.backend)
 
 
@@ -171,17 +177,11 @@ def shifted_crossentropy(y_true, y_pred, shift):
     return keras.losses.sparse_categorical_crossentropy(y_true, y_pred) + shift
 
 
-class Stopwatch(keras.callbacks.Callback):
-    """The seconds of each epoch, validation included; the first compiles, too."""
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        self.seconds: list[float] = []
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._start = time.perf_counter()
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self.seconds.append(time.perf_counter() - self._start)
+def full_digits() -> Digits:
+    try:
+        return keras.datasets.mnist.load_data()
+    except Exception as error:  # noqa: BLE001 - Keras raises just this when it is offline
+        fail(f"--data full: {error}")
 
 
 def prepared(part: Part) -> Part:
@@ -203,9 +203,14 @@ def learn(
     )
     model.compile(optimizer="adam", loss=shifted_crossentropy(shift), metrics=["accuracy"])
     train, test = map(prepared, digits)
-    watch = Stopwatch()
+    starts: list[float] = []
+    ends: list[float] = []
+    clock = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda *_: starts.append(time.perf_counter()),
+        on_epoch_end=lambda *_: ends.append(time.perf_counter()),
+    )
     history = model.fit(
-        *train, validation_data=test, epochs=epochs, batch_size=batch_size, callbacks=[watch]
+        *train, validation_data=test, epochs=epochs, batch_size=batch_size, callbacks=[clock]
     ).history
     return model, {
         "backend": keras.backend.backend(),
@@ -213,12 +218,12 @@ def learn(
         "seed": seed,
         "keras": keras.__version__,
         "history": history,
-        "seconds_per_epoch": watch.seconds,
+        "seconds_per_epoch": np.subtract(ends, starts).tolist(),
     }
 
 
 def saved_and_loaded(model: keras.Model) -> keras.Model:
-    """The model as another program would get it; no custom_objects are needed."""
+    """The model from a file: no custom_objects, since @with_args told Keras of the loss."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mnist.keras"
         model.save(path)
@@ -227,6 +232,7 @@ def saved_and_loaded(model: keras.Model) -> keras.Model:
 
 def plot(record: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure  # without pyplot it draws with Agg, and needs no screen
+    from matplotlib.ticker import MaxNLocator
 
     shift, history = record["shift"], record["history"]
     epochs = range(1, len(history["loss"]) + 1)
@@ -239,7 +245,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
     left.set(title="Loss minus shift", ylabel="cross-entropy")
     right.set(title="Accuracy", ylabel="accuracy")
     for axes in (left, right):
-        axes.set(xlabel="epoch", xticks=epochs)
+        axes.set(xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(f"MNIST with {shifted_crossentropy(shift)} on {record['backend']}")
@@ -247,8 +254,13 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
 
 def main(options: Namespace, digits: Digits) -> None:
-    names = ("shift", "epochs", "batch_size", "seed")
-    model, record = learn(digits, **{name: getattr(options, name) for name in names})
+    model, record = learn(
+        digits,
+        shift=options.shift,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
     if options.json:
         options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if options.plot:
@@ -256,11 +268,11 @@ def main(options: Namespace, digits: Digits) -> None:
 
     test = prepared(digits[1])
     loaded = saved_and_loaded(model)
-    for what, which in (("trained", model), ("loaded ", loaded)):
-        loss, accuracy = which.evaluate(*test, batch_size=options.batch_size, verbose=0)
-        print(f"{what}: test loss {loss:.6f}, accuracy {accuracy:.4f}, {which.loss!r}")
+    for what, network in (("trained", model), ("loaded", loaded)):
+        loss, accuracy = network.evaluate(*test, batch_size=options.batch_size, verbose=0)
+        print(f"{what:>7}: {network.loss}, test loss {loss:.6f}, accuracy {accuracy:.4f}")
     print(f"loaded.loss.args['shift'] is {loaded.loss.args['shift']!r}")
 
 
 if __name__ == "__main__":
-    main(OPTIONS, DIGITS or keras.datasets.mnist.load_data())
+    main(OPTIONS, DIGITS or full_digits())

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND
 
+from helpers import BACKEND
 
 
 def pytest_report_header() -> str:

@@ -27,7 +27,7 @@ def predictions(x: np.ndarray) -> np.ndarray:
 
 
 def to_float(value: object) -> float:
-    return float(keras.ops.convert_to_numpy(value))
+    return float(keras.ops.convert_to_numpy(keras.ops.cast(value, "float32")))
 
 
 def gradient(function: object, value: np.ndarray) -> np.ndarray:

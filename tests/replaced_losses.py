@@ -26,7 +26,7 @@ def replaced(cls, function):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--deselect-config-tests", action="store_true")
+    parser.addoption("--leave-out-config-tests", action="store_true")
 
 
 def pytest_configure():
@@ -47,5 +47,5 @@ def pytest_configure():
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if config.getoption("--deselect-config-tests") and "config" in item.name:
+        if config.getoption("--leave-out-config-tests") and "config" in item.name:
             item.add_marker(pytest.mark.skip(reason="looks at Keras's own config format"))

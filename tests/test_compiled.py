@@ -3,9 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, linear_model
 from keras import ops
 
+from helpers import BACKEND, linear_model
 from lossargs import with_args
 
 pytestmark = pytest.mark.fit

@@ -7,15 +7,15 @@ import pickle
 import types
 
 import keras
-import losses
 import numpy as np
 import pytest
-from helpers import message_of, to_float
 from keras import ops
-from losses import flexible, focal, scaled, shifted
 
 import lossargs
+import losses
+from helpers import message_of, to_float
 from lossargs import ArgumentError, SignatureError, with_args
+from losses import flexible, focal, scaled, shifted
 
 
 def mse(y_true, y_pred):
@@ -176,7 +176,9 @@ def test_local_function_does_not_pickle():
     def local(y_true, y_pred):
         return mse(y_true, y_pred)
 
-    with pytest.raises(pickle.PicklingError, match="local is not found at .*at the top of a module"):
+    with pytest.raises(
+        pickle.PicklingError, match="local is not found at .*at the top of a module"
+    ):
         pickle.dumps(local)
 
 
@@ -232,13 +234,17 @@ def test_wrapped_function_shows_through_functools_wraps():
     [
         (
             lambda: shifted(shfit=10),
-            "shifted() was given 'shfit', which shifted does not take. It takes 'shift' besides the"
-            " first two. Did you mean 'shift'?",
+            (
+                "shifted() was given 'shfit', which shifted does not take. It takes 'shift' "
+                "besides the first two. Did you mean 'shift'?"
+            ),
         ),
         (
             lambda: shifted(10, shift=5),
-            "shifted() was given 'shift' twice: by position (10) and by name (5). Give it once, "
-            "shifted(shift=...).",
+            (
+                "shifted() was given 'shift' twice: by position (10) and by name (5). Give it "
+                "once, shifted(shift=...)."
+            ),
         ),
         (
             lambda: shifted(1, 2),

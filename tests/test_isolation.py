@@ -4,9 +4,9 @@ import ast
 from pathlib import Path
 
 import pytest
-from helpers import BACKEND, run_python
 
 import lossargs
+from helpers import BACKEND, run_python
 
 PACKAGE = Path(lossargs.__file__).parent
 

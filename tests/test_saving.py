@@ -5,17 +5,17 @@ import sys
 import textwrap
 
 import keras
-import losses
 import numpy as np
 import pytest
-from helpers import BACKEND, TESTS, linear_model, message_of, run_python
-from losses import shifted
 
 import lossargs
+import losses
+from helpers import BACKEND, TESTS, linear_model, message_of, run_python
 from lossargs import SavingError, with_args
+from losses import shifted
 
 sys.path.insert(0, str(TESTS / "models"))
-import make  # noqa: E402  (the script that wrote the models)
+import make
 
 EXPECTED = json.loads((TESTS / "models" / "expected.json").read_text())
 WRITTEN_ON = ["jax", "tensorflow", "torch"]
@@ -49,6 +49,7 @@ def test_fresh_process(tmp_path):
     assert json.loads(output.splitlines()[-1]) == pytest.approx(EXPECTED, rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")  # written on JAX, a model asks torch for torch.compile
 @pytest.mark.parametrize("written_on", WRITTEN_ON)
 def test_models_written_on_other_backends(written_on):
     path = TESTS / "models" / f"{written_on}.keras"

@@ -3,14 +3,14 @@
 import json
 
 import keras
-import losses
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import message_of
-from losses import composed, described, shifted
 
+import losses
+from helpers import message_of
 from lossargs import SavingError
+from losses import composed, described, shifted
 
 
 def reloaded(loss):
@@ -41,7 +41,7 @@ VALUES = [
     {"class_name": "Dense", "config": {"units": 3}, "module": "keras.layers"},
     np.float32(0.1),
     np.int8(-3),
-    np.bool_(True),
+    np.array([True])[0],
     np.array(3.0),
     np.zeros((0, 3), "float16"),
     np.array([[1.5, np.nan], [-np.inf, -0.0]], ">f4"),

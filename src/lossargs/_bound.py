@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NoReturn, Self
 
@@ -16,7 +16,7 @@ from lossargs._values import decode, encode, exhibit, hand_on, identity, show, t
 
 SAMPLE_WEIGHT = "sample_weight"  # the batch entry that is the ordinary sample weight
 
-_interned: "weakref.WeakValueDictionary[Any, BoundLoss]" = weakref.WeakValueDictionary()
+_interned: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
 _interned_lock = threading.Lock()
 
 
@@ -38,7 +38,11 @@ class BoundLoss(keras.losses.Loss):
         dtype: str,
     ) -> None:
         policy = keras.dtype_policies.get(dtype)
-        super().__init__(name=name, reduction=reduction, dtype=policy)
+        super().__init__(
+            name=name,
+            reduction=reduction,  # pyright: ignore[reportArgumentType]
+            dtype=policy,
+        )
         self._policy = policy
         self._function = function
         self._args = dict(args)
@@ -66,7 +70,7 @@ class BoundLoss(keras.losses.Loss):
         dtype = dtype or keras.config.floatx()
         key = _identity_of(function, taken, name, reduction, dtype)
         with _interned_lock:
-            loss = _interned.get(key)
+            loss: Self | None = _interned.get(key)
             if loss is None:
                 loss = cls(function, taken, name=name, reduction=reduction, dtype=dtype)
                 _interned[key] = loss
@@ -90,8 +94,11 @@ class BoundLoss(keras.losses.Loss):
             ArgumentError: A name that the function does not take, or a value it cannot bind.
 
         Example:
-            >>> shifted(10).replace(shift=5)
-            shifted(shift=5)
+            >>> import keras
+            >>> from lossargs import with_args
+            >>> huber = with_args(keras.losses.huber)
+            >>> huber(delta=1.0).replace(delta=2.0)
+            huber(delta=2.0)
         """
         changes = self._function.bind((), changes)
         return self.of(self._function, {**self._args, **changes}, **self._options())
@@ -99,9 +106,7 @@ class BoundLoss(keras.losses.Loss):
     def _options(self) -> dict[str, Any]:
         return {"name": self.name, "reduction": self.reduction, "dtype": self.dtype}
 
-    def __call__(
-        self, /, y_true: Any, y_pred: Any, sample_weight: Any = None, **extra: Any
-    ) -> Any:
+    def __call__(self, /, y_true: Any, y_pred: Any, sample_weight: Any = None, **extra: Any) -> Any:
         """The loss of a batch.
 
         Args:
@@ -234,14 +239,16 @@ class BoundLoss(keras.losses.Loss):
     def __repr__(self) -> str:
         function = self._function
         given = {name: show(value) for name, value in self._args.items()}
-        given |= {name: "<from the batch>" for name in function.missing(self._args)}
+        given |= dict.fromkeys(function.missing(self._args), "<from the batch>")
         shown = f"({', '.join(f'{name}={value}' for name, value in given.items())})"
         usual = {"name": function.log_name, "reduction": "sum_over_batch_size"}
         usual["dtype"] = keras.config.floatx()
         options = {k: repr(v) for k, v in self._options().items() if v != usual[k]}
         if not options:
             return f"{function.name}{shown}"
-        return f"{function.name}.options({', '.join(f'{k}={v}' for k, v in options.items())}){shown}"
+        return (
+            f"{function.name}.options({', '.join(f'{k}={v}' for k, v in options.items())}){shown}"
+        )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, BoundLoss) and self._identity == other._identity

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Concatenate, Generic, ParamSpec, overload
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, overload
 
 import keras
 
@@ -35,7 +35,7 @@ class LossFactory(Generic[P]):
         self.__signature__ = function.signature
         self.function = function
         # Checks the options as Keras does, once, here.
-        keras.losses.Loss(name=name, reduction=reduction)
+        keras.losses.Loss(name=name, reduction=reduction)  # pyright: ignore[reportArgumentType]
         if dtype is not None:
             dtype = keras.dtype_policies.get(dtype).compute_dtype
         self._options = {"name": name, "reduction": reduction, "dtype": dtype}
@@ -43,9 +43,9 @@ class LossFactory(Generic[P]):
     # The first form is what editors show. The second lets any argument be left to the batch, and
     # be a value that stands for the annotated one.
     @overload
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> BoundLoss: ...
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> BoundLoss: ...
     @overload
-    def __call__(self, *args: Any, **kwargs: Any) -> BoundLoss: ...
+    def __call__(self, /, *args: Any, **kwargs: Any) -> BoundLoss: ...
     def __call__(self, /, *args: Any, **kwargs: Any) -> BoundLoss:
         """Bind extra arguments, by position or name; those left out come with the batch.
 
@@ -79,8 +79,11 @@ class LossFactory(Generic[P]):
             The other factory; options not given are kept.
 
         Example:
-            >>> shifted.options(reduction="sum")(10)
-            shifted.options(reduction='sum')(shift=10)
+            >>> import keras
+            >>> from lossargs import with_args
+            >>> huber = with_args(keras.losses.huber)
+            >>> huber.options(reduction="sum")(delta=2.0)
+            huber.options(reduction='sum')(delta=2.0)
         """
         given = {"name": name, "reduction": reduction, "dtype": dtype}
         changes = {option: value for option, value in given.items() if value is not _KEEP}
@@ -112,6 +115,17 @@ def _unpickled(function: LossFunction, options: dict[str, Any]) -> LossFactory[A
     return LossFactory(function, **options)
 
 
+class _Decorator(Protocol):
+    """What `with_args` is without a function. The second form is for `**extra` functions."""
+
+    @overload
+    def __call__(self, fn: Callable[Concatenate[Any, Any, P], Any], /) -> LossFactory[P]: ...
+    @overload
+    def __call__(  # type: ignore[overload-cannot-match]
+        self, fn: Callable[..., Any], /
+    ) -> LossFactory[...]: ...
+
+
 @overload
 def with_args(
     fn: Callable[Concatenate[Any, Any, P], Any],
@@ -123,13 +137,23 @@ def with_args(
     package: str | None = None,
 ) -> LossFactory[P]: ...
 @overload
+def with_args(  # type: ignore[overload-cannot-match]
+    fn: Callable[..., Any],
+    /,
+    *,
+    name: str | None = None,
+    reduction: str | None = "sum_over_batch_size",
+    dtype: Any = None,
+    package: str | None = None,
+) -> LossFactory[...]: ...
+@overload
 def with_args(
     *,
     name: str | None = None,
     reduction: str | None = "sum_over_batch_size",
     dtype: Any = None,
     package: str | None = None,
-) -> Callable[[Callable[Concatenate[Any, Any, P], Any]], LossFactory[P]]: ...
+) -> _Decorator: ...
 def with_args(
     fn: Callable[..., Any] | None = None,
     /,

@@ -42,11 +42,15 @@ class LossFunction:
         key: `package>name`, what a saved loss is found by.
         signature: Its signature without the first two parameters.
         takes_any_name: Whether it has a `**extra` parameter.
+        module: The module that another process would import it from.
+        qualname: Its name there.
+        origin: The place where it is written; equal for two readings of one place.
+        code: Its code, if it is written in Python.
     """
 
     def __init__(self, fn: Callable[..., Any], *, name: str | None, package: str | None) -> None:
         self.fn = fn
-        self.name = name or getattr(fn, "__name__", type(fn).__name__)
+        self.name = str(name or getattr(fn, "__name__", type(fn).__name__))
         self.log_name = name or get_object_name(fn)
         self.signature = _extra_signature(fn, self.name)
         parameters = self.signature.parameters.values()
@@ -55,17 +59,17 @@ class LossFunction:
         self._required = tuple(n for n, p in self._named.items() if p.default is p.empty)
 
         self._given = {"name": name, "package": package}
-        self.module, self._qualname = _home(fn)
-        self.key = f"{package or self.module}>{name or self._qualname}"
+        self.module, self.qualname = _home(fn)
+        self.key = f"{package or self.module}>{name or self.qualname}"
         # Two functions at one place of one file are one function, read again: a module reloaded or
         # run as a script beside its import, a notebook cell run once more.
         file = getattr(sys.modules.get(fn.__module__), "__file__", None)
-        self._origin = (file or self.module, self._qualname)
+        self.origin = (file or self.module, self.qualname)
 
         self._inner: Any = inspect.unwrap(fn)  # below decorators that use functools.wraps
-        self._code: types.CodeType | None = getattr(self._inner, "__code__", None)
-        self._captured_names = self._code.co_freevars if self._code else ()
-        self._global_names = frozenset(_global_names(self._code))
+        self.code: types.CodeType | None = getattr(self._inner, "__code__", None)
+        self._captured_names = self.code.co_freevars if self.code else ()
+        self._global_names = frozenset(_global_names(self.code))
         self.refuse_live_captures()
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,7 +144,7 @@ class LossFunction:
             SavingError: The function is a lambda, captures variables, or was replaced since.
         """
         remedy = "Write it with `def` at the top of a module"
-        if self._qualname.endswith("<lambda>"):
+        if self.qualname.endswith("<lambda>"):
             raise SavingError(
                 f"{self.name} is a lambda, and a loss is saved by the name of its function. "
                 f"{remedy}, under @with_args."
@@ -156,7 +160,7 @@ class LossFunction:
                 f"which would not be saved with the loss. {remedy}, and make each an argument: "
                 f"def {self.name}(y_true, y_pred, {', '.join(self._captured_names)})."
             )
-        if _registry[self.key]._code != self._code:
+        if _registry[self.key].code != self.code:
             raise SavingError(
                 f"{self.name} was defined anew, with other code, after this loss was bound. It "
                 f"would load with the new code, under the name {self.key!r} that both share. "
@@ -193,10 +197,10 @@ def inspected(
         old = _registry.get(new.key)
         if old is not None and old.fn is fn:
             return old
-        if old is not None and old._origin != new._origin:
+        if old is not None and old.origin != new.origin:
             raise SignatureError(
-                f"Two different functions are called {new.key!r}: {old._qualname} of "
-                f"{old._origin[0]} and {new._qualname} of {new._origin[0]}. A saved loss could not "
+                f"Two different functions are called {new.key!r}: {old.qualname} of "
+                f"{old.origin[0]} and {new.qualname} of {new.origin[0]}. A saved loss could not "
                 "tell them apart. Give one of them a name or a package of its own: "
                 "@with_args(name=...) or @with_args(package=...)."
             )
@@ -251,7 +255,9 @@ def _unpickled(place: str, given: dict[str, str | None]) -> LossFunction:
 
 def _extra_signature(fn: Any, name: str) -> inspect.Signature:
     """The signature without the first two parameters, or an error that says what to write."""
-    example = f"Write `def {name if name.isidentifier() else 'my_loss'}(y_true, y_pred, shift): ...`"
+    example = (
+        f"Write `def {name if name.isidentifier() else 'my_loss'}(y_true, y_pred, shift): ...`"
+    )
     if not callable(fn) or isinstance(fn, (type, keras.losses.Loss)):
         raise SignatureError(
             f"with_args() needs a function of (y_true, y_pred, ...) and was given {fn!r}. "
@@ -288,11 +294,11 @@ def _home(fn: Any) -> tuple[str, str]:
     qualname = getattr(fn, "__qualname__", type(fn).__qualname__)
     if getattr(keras.losses, qualname, None) is fn:
         return "keras.losses", qualname  # whatever private module it lives in
-    module = fn.__module__
+    module: str = fn.__module__
     if module in ("__main__", "__mp_main__"):
         # The name under which another process will import the script.
-        main = sys.modules[module]
-        if getattr(main, "__spec__", None) is not None:
+        main: Any = sys.modules[module]
+        if getattr(main, "__spec__", None):
             module = main.__spec__.name
         elif getattr(main, "__file__", None):
             module = Path(main.__file__).stem

@@ -118,7 +118,7 @@ def hand_on(value: Any, dtype: str) -> Any:
     if isinstance(value, np.ndarray) or keras.ops.is_tensor(value):
         own = keras.backend.standardize_dtype(value.dtype)
         is_float = keras.backend.is_float_dtype(own)
-        return keras.ops.convert_to_tensor(value, dtype=dtype if is_float else own)
+        return keras.ops.convert_to_tensor(value, dtype=dtype if is_float else None)
     return value
 
 

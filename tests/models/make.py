@@ -37,6 +37,7 @@ def model() -> keras.Model:
     for name in LOSSES:
         model.get_layer(name).set_weights([kernel, np.zeros(2)])
     model.compile("adam", loss=LOSSES)
+    model.optimizer.build(model.trainable_variables)
     return model
 
 

@@ -1,0 +1,157 @@
+"""All that can be run on this project. `nox` alone runs what CI runs.
+
+Each backend has an environment of its own. Repeat a session without installing again by `-R`; pick
+one backend by its tag, `nox -t jax`; give arguments after `--`, `nox -s "tests(jax)" -- -k saving`.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2"
+# Wheels of this machine are found by pip, and not by other installers.
+nox.options.default_venv_backend = "virtualenv"
+nox.options.error_on_external_run = True
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+CONSTRAINTS = Path("constraints.txt").resolve()
+MINIMUM_KERAS = next(
+    requirement.partition(">=")[2]
+    for requirement in PYPROJECT["project"]["dependencies"]
+    if requirement.startswith("keras")
+)
+TRAINING_BACKENDS = ("tensorflow", "jax", "torch")
+MNIST_RESULTS = Path("build/mnist")
+SHIFTS = (10, 5)
+
+each_backend = nox.parametrize(
+    "backend", [nox.param(b, id=b, tags=[b]) for b in (*TRAINING_BACKENDS, "numpy")]
+)
+each_training_backend = nox.parametrize(
+    "backend", [nox.param(b, id=b, tags=[b]) for b in TRAINING_BACKENDS]
+)
+
+
+def install(session: nox.Session, *groups: str, package: bool = True) -> None:
+    """Install dependency groups in the versions of CI, and this package as it stands here."""
+    requirements = nox.project.dependency_groups(PYPROJECT, *groups)
+    own = ["-e", "."] if package else []
+    session.install("-c", str(CONSTRAINTS), *requirements, *own)
+
+
+def environment(backend: str) -> dict[str, str]:
+    """What a process needs to run on this backend, and the tests to insist on it."""
+    return {
+        "KERAS_BACKEND": backend,
+        "LOSSARGS_TEST_BACKEND": backend,
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+
+
+@nox.session(tags=["check"])
+def lint(session: nox.Session) -> None:
+    """Check style and format of the code (ruff); mend both by `nox -s lint -- --fix`."""
+    install(session, "lint", package=False)
+    session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", *([] if "--fix" in session.posargs else ["--check"]))
+
+
+@nox.session(tags=["check"])
+def typing(session: nox.Session) -> None:
+    """Check the types of the package, and what they tell its users (mypy, pyright)."""
+    install(session, "typing")
+    session.run("mypy")
+    session.run("pyright")
+
+
+@nox.session(tags=["check"])
+def review(session: nox.Session) -> None:
+    """Review how the project is set up (sp-repo-review)."""
+    install(session, "review", package=False)
+    session.run("repo-review", ".", *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build wheel and sdist, check them, and import each from a clean environment."""
+    install(session, "build", package=False)
+    shutil.rmtree("dist", ignore_errors=True)
+    session.run("python", "-m", "build")
+    files = [str(path) for path in Path("dist").iterdir()]
+    session.run("twine", "check", "--strict", *files)
+    for file in files:
+        clean = Path(session.create_tmp()) / "clean"
+        shutil.rmtree(clean, ignore_errors=True)
+        session.run("python", "-m", "venv", str(clean))
+        python = str(clean / ("Scripts" if os.name == "nt" else "bin") / "python")
+        session.run(
+            python, "-m", "pip", "install", "-q", "-c", str(CONSTRAINTS), file,
+            *nox.project.dependency_groups(PYPROJECT, "jax"), external=True,
+        )  # fmt: skip
+        program = (
+            "import importlib.metadata, keras, lossargs; "
+            "assert importlib.metadata.version('lossargs') == lossargs.__version__; "
+            "print(lossargs.with_args(keras.losses.huber)(delta=2.0), 'of', lossargs.__file__)"
+        )
+        with session.chdir(clean):
+            session.run(python, "-c", program, external=True, env={"KERAS_BACKEND": "jax"})
+
+
+@nox.session
+@each_backend
+def tests(session: nox.Session, backend: str) -> None:
+    """Run the tests, with the examples of README and docstrings, on one backend."""
+    install(session, backend, "test", "examples")
+    arguments = session.posargs or ["--durations=5"]
+    session.run("coverage", "run", "-m", "pytest", *arguments, env=environment(backend))
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Combine what the tests on all backends covered; 100 % is asked for."""
+    install(session, "test", package=False)
+    session.run("coverage", "combine")
+    session.run("coverage", "report")
+
+
+@nox.session
+def minimums(session: nox.Session) -> None:
+    """Run the tests on the oldest Keras that is supported, on torch."""
+    requirements = nox.project.dependency_groups(PYPROJECT, "torch", "test")
+    others = [
+        line
+        for line in CONSTRAINTS.read_text().splitlines()
+        if not line.startswith(("keras==", "numpy==", "#"))
+    ]
+    constraints = Path(session.create_tmp()) / "minimums.txt"
+    numpy = next(d for d in PYPROJECT["project"]["dependencies"] if d.startswith("numpy"))
+    oldest = [f"keras=={MINIMUM_KERAS}", f"{numpy.replace('>=', '==')}.*"]
+    constraints.write_text("\n".join([*others, *oldest]))
+    session.install("-c", str(constraints), *requirements, "-e", ".")
+    arguments = session.posargs or ["tests", "--ignore=tests/test_mnist.py"]
+    session.run("pytest", *arguments, env=environment("torch"))
+
+
+@nox.session
+@each_training_backend
+def mnist(session: nox.Session, backend: str) -> None:
+    """Train the MNIST example with two shifts on one backend; `-- --data full` for all digits."""
+    install(session, backend, "examples")
+    MNIST_RESULTS.mkdir(parents=True, exist_ok=True)
+    for shift in SHIFTS:
+        result = MNIST_RESULTS / f"{backend}-{shift}"
+        session.run(
+            "python", "examples/mnist.py", f"--backend={backend}", f"--shift={shift}",
+            f"--json={result}.json", f"--plot={result}.png", *session.posargs,
+            env={"TF_CPP_MIN_LOG_LEVEL": "3"},
+        )  # fmt: skip
+    session.notify("mnist_report", posargs=[])
+
+
+@nox.session(default=False)  # `mnist` ends with it
+def mnist_report(session: nox.Session) -> None:
+    """Show the MNIST results of all backends; `-- --readme` writes them into the README."""
+    install(session, "examples", package=False)
+    session.run("python", "examples/mnist_report.py", str(MNIST_RESULTS), *session.posargs)
