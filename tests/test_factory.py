@@ -13,7 +13,7 @@ from keras import ops
 
 import lossargs
 import losses
-from helpers import message_of, to_float
+from helpers import BACKEND, linear_model, message_of, to_float
 from lossargs import ArgumentError, SignatureError, with_args
 from losses import flexible, focal, scaled, shifted
 
@@ -283,6 +283,51 @@ def test_values_that_are_no_constants(value, text):
     with pytest.raises(ArgumentError) as error:
         shifted(value())
     assert text in message_of(error.value)
+
+
+def variable_of_the_backend():
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.Variable(1.0)
+    import torch
+
+    return torch.nn.Parameter(torch.ones(1))
+
+
+@pytest.mark.skipif(BACKEND not in ("tensorflow", "torch"), reason="has no variables of its own")
+def test_variable_of_the_backend():
+    kind = {"tensorflow": "a tensorflow Variable", "torch": "a torch Parameter"}[BACKEND]
+    with pytest.raises(
+        ArgumentError, match=f"'shift' of shifted\\(\\) is {kind}: bound as a constant"
+    ):
+        shifted(variable_of_the_backend())
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="only torch marks its tensors")
+def test_tensor_that_requires_a_gradient():
+    import torch
+
+    tensor = torch.ones(1, requires_grad=True)
+    with pytest.raises(ArgumentError, match="is a torch tensor that requires a gradient"):
+        shifted(tensor * 2)
+    assert to_float(shifted()(Y_TRUE, Y_PRED, shift=tensor * 2)) == 7  # what to write instead
+
+
+@pytest.mark.fit
+def test_tensor_of_the_step_is_no_constant(data):
+    @with_args
+    def outer(y_true, y_pred):
+        return shifted(ops.mean(y_pred, axis=-1))(y_true, y_pred)
+
+    model = linear_model()
+    model.compile("sgd", loss=outer())
+    with pytest.raises(ArgumentError) as error:
+        model.fit(data.x, data.y, verbose=0)
+    kind = {"torch": "a torch tensor that requires a gradient"}  # which traces nothing
+    text = message_of(error.value)
+    assert f"'shift' of shifted() is {kind.get(BACKEND, 'a tensor of a step that is')}" in text
+    assert "at the call, loss(y_true, y_pred, name=" in text
 
 
 def test_captured_variable():

@@ -45,7 +45,8 @@ def evaluated(model: keras.Model) -> dict[str, float]:
     """The losses of the model on one fixed batch."""
     x = np.linspace(0, 1, 12, dtype="float32").reshape(4, 3)
     y = dict.fromkeys(LOSSES, np.ones((4, 2), "float32"))
-    return model.test_on_batch(x, y, return_dict=True)
+    logs = model.test_on_batch(x, y, return_dict=True)
+    return {name: float(value) for name, value in logs.items()}
 
 
 if __name__ == "__main__":
