@@ -82,7 +82,7 @@ def build(session: nox.Session) -> None:
     files = [str(path) for path in Path("dist").iterdir()]
     session.run("twine", "check", "--strict", *files)
     for file in files:
-        clean = Path(session.create_tmp()) / "clean"
+        clean = Path(session.create_tmp()).resolve() / "clean"
         shutil.rmtree(clean, ignore_errors=True)
         session.run("python", "-m", "venv", str(clean))
         python = str(clean / ("Scripts" if os.name == "nt" else "bin") / "python")

@@ -224,13 +224,13 @@ class BoundLoss(keras.losses.Loss):
                 the config is damaged.
         """
         try:
-            key, module, args = config["function"], config["module"], config["args"]
+            key, module = str(config["function"]), str(config["module"])
             options = {name: config[name] for name in ("name", "reduction", "dtype")}
-            items = dict(args).items()
+            args = dict(config["args"])
         except (KeyError, TypeError, ValueError) as error:
             raise SavingError(f"The config of a lossargs loss is damaged: {error!r}.") from error
         function = registered(key, module)
-        decoded = {name: decode(value) for name, value in items}
+        decoded = {name: decode(value) for name, value in args.items()}
         try:
             return cls.of(function, function.bind((), decoded), **options)
         except ArgumentError as error:
