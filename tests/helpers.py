@@ -11,6 +11,7 @@ import numpy as np
 from lossargs import LossArgsError
 
 BACKEND = keras.backend.backend()
+KERAS = tuple(int(part) for part in keras.__version__.split(".")[:2])
 TESTS = Path(__file__).parent
 
 

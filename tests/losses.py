@@ -1,5 +1,7 @@
 """Loss functions that tests import, here and in other processes."""
 
+import functools
+
 import keras
 from keras import ops
 
@@ -44,6 +46,23 @@ def described(y_true, y_pred, *, what=None):
 @with_args
 def composed(y_true, y_pred, *, main, weight=1.0):
     return weight * main(y_true, y_pred)
+
+
+def times(factor):
+    def decorate(function):
+        @functools.wraps(function)
+        def wrapper(*args, **kwargs):
+            return factor * function(*args, **kwargs)
+
+        return wrapper
+
+    return decorate
+
+
+@with_args
+@times(2)
+def doubled(y_true, y_pred, shift):
+    return keras.losses.mean_squared_error(y_true, y_pred) + shift
 
 
 focal = with_args(keras.losses.categorical_focal_crossentropy)

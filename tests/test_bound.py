@@ -35,7 +35,7 @@ def test_is_a_keras_loss():
         (described(what="a"), "described(what='a')"),
         (described(what=[1, (2,), {"a": None}]), "described(what=[1, (2,), {'a': None}])"),
         (described(what=np.arange(3)), "described(what=array([0, 1, 2], int64))"),
-        (described(what=np.zeros((3, 4), "float32")), "described(what=<ndarray float32 (3, 4)>)"),
+        (described(what=np.zeros((3, 4), "float32")), "described(what=<array float32 (3, 4)>)"),
         (composed(main=shifted(1)), "composed(main=shifted(shift=1))"),
         (
             shifted.options(name="late", reduction="sum", dtype="float16")(1),
@@ -67,6 +67,7 @@ def test_constants_are_taken_as_they_are_when_bound():
     values.append(2.0)
     if hasattr(tensor, "add_"):  # torch tensors change in place
         tensor.add_(100)
+        loss.args["b"].add_(100)
     assert to_float(loss(Y_TRUE, Y_PRED)) == before == 7
     assert nested.args["what"] == [1.0]
 
@@ -93,14 +94,9 @@ def test_arrays_reach_the_function_as_tensors(dtype):
     result = watching({"a": (array,)})(np.zeros((1, 2)), np.array([[1.0, 3.0]]))
     assert to_float(result) == 0.5
     assert ops.is_tensor(seen[0])
-    expected = "float32" if dtype.startswith("float") else dtype
-    expected = (
-        keras.backend.standardize_dtype(ops.convert_to_tensor(array).dtype)
-        if (
-            expected == "int64"  # JAX has 32 bits
-        )
-        else expected
-    )
+    as_tensor = ops.convert_to_tensor(array).dtype  # JAX has 32 bits
+    own = keras.backend.standardize_dtype(as_tensor)
+    expected = "float32" if dtype.startswith("float") else own
     assert keras.backend.standardize_dtype(seen[0].dtype) == expected
 
 
@@ -129,8 +125,10 @@ def test_cannot_be_changed(name):
         setattr(loss, name, 5)
     with pytest.raises(ImmutableError):
         delattr(loss, name)
-    instead = "shifted.options" if name in ("reduction", "name") else "loss.replace"
-    assert f"Make another one, {instead}({name}=...)." in message_of(error.value)
+    instead = {"shift": "loss.replace", "_args": None}.get(name, "shifted.options")
+    text = message_of(error.value)
+    assert text.startswith(f"shifted(shift=10) cannot be changed ({name!r})")
+    assert text.endswith(f"Make another one, {instead}({name}=...)." if instead else "one object.")
     assert loss.args["shift"] == 10
 
 
@@ -186,18 +184,33 @@ def test_unknown_entry_of_the_batch():
     assert isinstance(error.value, ValueError)
 
 
+def test_entry_of_the_batch_without_a_name():
+    with pytest.raises(BatchError, match="has an entry 0, which masked does not take"):
+        masked()(Y_TRUE, Y_PRED, {0: Y_TRUE})
+
+
 def test_entry_of_the_batch_that_is_none():
     with pytest.raises(BatchError, match="The batch entry 'mask' for masked is None. Leave it out"):
         masked()(Y_TRUE, Y_PRED, {"mask": None})
 
 
 @pytest.mark.parametrize("batch", [Y_PRED[:, 0], {"sample_weight": Y_PRED[:, 0]}, [1.0, 3.0]])
-def test_scalar_loss_with_weights_of_samples(batch):
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_one_number_with_weights_of_samples(batch, shape):
+    @with_args
+    def lumped(y_true, y_pred):
+        return ops.reshape(ops.mean(ops.square(y_true - y_pred)), shape)
+
     with pytest.raises(BatchError) as error:
-        total()(Y_TRUE, Y_PRED, batch)
+        lumped()(Y_TRUE, Y_PRED, batch)
     assert message_of(error.value).startswith(
-        "total returned one number for the whole batch, and was given weights for its samples"
+        "lumped returned one number for the whole batch, and was given weights for its samples"
     )
+    assert to_float(lumped()(Y_TRUE[:1], Y_PRED[:1], 2.0)) == 2
+
+
+def test_batch_of_one_sample_with_its_weight():
+    assert to_float(shifted(1)(Y_TRUE[:1], Y_PRED[:1], np.array([3.0]))) == 6
 
 
 def test_scalar_loss_without_weights_of_samples():

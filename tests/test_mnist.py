@@ -74,12 +74,12 @@ def mnist() -> ModuleType:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--epochs", "0"], "--epochs: must be at least 1, not 0"),
-        (["--batch-size", "-1"], "--batch-size: must be at least 1, not -1"),
+        (["--epochs", "0"], "--epochs: must be at least 1 and below 2**32, not 0"),
+        (["--batch-size", "-1"], "--batch-size: must be at least 1 and below 2**32, not -1"),
         (["--epochs", "many"], "--epochs: invalid whole_number value: 'many'"),
-        (["--seed", "-1"], "--seed: must be at least 0, not -1"),
+        (["--seed", "-1"], "--seed: must be at least 0 and below 2**32, not -1"),
         (["--shift", "ten"], "--shift: invalid number value: 'ten'"),
-        (["--shift", "nan"], "--shift: must be finite, not nan"),
+        (["--shift", "nan"], "--shift: must lie within 1,000,000,000 of 0, not nan"),
         (["--backend", "theano"], "--backend: invalid choice: 'theano'"),
         (["--shfit", "5"], "unrecognized arguments: --shfit 5"),
         (["--json", "no/such/run.json"], "--json: there is no folder 'no/such'"),

@@ -1,5 +1,6 @@
 """Saved models load in a fresh process that has only imported the module of the loss."""
 
+import functools
 import json
 import sys
 import textwrap
@@ -10,7 +11,7 @@ import pytest
 
 import lossargs
 import losses
-from helpers import BACKEND, TESTS, linear_model, message_of, run_python
+from helpers import BACKEND, KERAS, TESTS, linear_model, message_of, run_python
 from lossargs import SavingError, with_args
 from losses import shifted
 
@@ -50,6 +51,7 @@ def test_fresh_process(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # written on JAX, a model asks torch for torch.compile
+@pytest.mark.skipif(KERAS < (3, 15), reason="written by Keras 3.15, whose layers have more in them")
 @pytest.mark.parametrize("written_on", WRITTEN_ON)
 def test_models_written_on_other_backends(written_on):
     path = TESTS / "models" / f"{written_on}.keras"
@@ -127,8 +129,6 @@ def test_loss_of_a_script(tmp_path, how):
     }[how]
     code = f"import runpy, sys; sys.path.insert(0, {str(tmp_path)!r})\n"
     code += f"sys.argv[1:] = [{path!r}]\n"
-    if how == "as a script":  # as `python train.py` does
-        code += f"import __main__; __main__.__file__ = {str(tmp_path / 'train.py')!r}\n"
     assert run_python(code + run).split() == ["True"]
 
     # Another process imports the script, and finds the loss that it saved as `__main__`.
@@ -148,8 +148,10 @@ def test_notebook_cell_that_is_run_again(tmp_path):
         import keras
         from lossargs import SavingError, with_args
 
+        CELL = {CELL!r}
+
         def run(number, edit=""):
-            cell = {CELL!r}.replace("{{edit}}", edit)
+            cell = CELL.replace("{{edit}}", edit)
             exec(compile(cell, f"/tmp/ipykernel_1/{{number}}.py", "exec"), globals())
 
         def compiled():
@@ -160,6 +162,7 @@ def test_notebook_cell_that_is_run_again(tmp_path):
         path = {str(tmp_path / "model.keras")!r}
         run(1)
         before = compiled()
+        CELL = "\\n\\n" + CELL  # the cell moved down
         run(2)
         before.save(path)  # run again as it was: the same loss
         assert keras.saving.load_model(path).loss is in_cell(10)
@@ -189,7 +192,7 @@ def test_unknown_function(tmp_path):
     """
     text = message_of(run_python(textwrap.dedent(code)))
     assert text.startswith("The saved loss uses the function 'losses>shifted', which this process")
-    assert "Import the module that defines it ('losses' when it was saved) before loading" in text
+    assert "Import the module that gives it to with_args before loading ('losses' defined" in text
     assert "with_args(package='losses', name='shifted')" in text
 
 
@@ -200,6 +203,8 @@ def test_function_that_moved_is_given_by_hand(tmp_path):
     for name in ("old_place>shifted", "shifted"):
         with keras.saving.custom_object_scope({name: shifted}):
             assert keras.saving.deserialize_keras_object(config_of(config)) is shifted(10)
+    with keras.saving.custom_object_scope({"shifted": shifted.__wrapped__}):
+        assert keras.saving.deserialize_keras_object(config_of(config)) is shifted(10)
 
 
 def config_of(inner):
@@ -233,6 +238,51 @@ def test_captured_values(tmp_path):
         saved(hinge(), tmp_path / "model.keras")
     assert "hinge captures 'margin' from the function around it" in message_of(error.value)
     assert "def hinge(y_true, y_pred, margin)" in message_of(error.value)
+
+
+def test_same_code_with_other_defaults():
+    def make(factor):
+        @with_args
+        def graded(y_true, y_pred, scale=factor, *, power=(factor,)):
+            return scale * keras.losses.mean_squared_error(y_true, y_pred)
+
+        return graded
+
+    one, same, other = make(1.0)(), make(1.0)(), make(5.0)()
+    with pytest.raises(SavingError, match="graded was defined anew, with other code"):
+        one.get_config()
+    assert other.get_config()
+    assert make(1.0)().get_config()
+    assert one.get_config() == same.get_config()
+
+
+def test_default_that_could_not_be_bound():
+    def make(factor):
+        @with_args
+        def chosen(y_true, y_pred, among={factor}):  # noqa: B006
+            return keras.losses.mean_squared_error(y_true, y_pred)
+
+        return chosen
+
+    one, _ = make(1)(), make(1)()
+    assert one.get_config()
+    make(2)
+    with pytest.raises(SavingError, match="chosen was defined anew"):
+        one.get_config()
+
+
+def test_value_captured_by_a_decorator_below():
+    config = losses.doubled(1).get_config()  # found in its module, decorator and all
+    assert type(losses.doubled(1)).from_config(config) is losses.doubled(1)
+    tripled = with_args(losses.times(3)(losses.doubled.__wrapped__.__wrapped__))
+    with pytest.raises(SavingError, match="doubled captures 'factor' from the function around it"):
+        tripled(1).get_config()
+
+
+def test_partial():
+    loss = with_args(functools.partial(losses.scaled.__wrapped__, scale=3.0))(power=1.0)
+    with pytest.raises(SavingError, match="partial is a partial, not a function"):
+        loss.get_config()
 
 
 def test_callable_object():

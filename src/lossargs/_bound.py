@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from types import MappingProxyType
 from typing import Any, NoReturn, Self
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from lossargs._errors import ArgumentError, BatchError, ImmutableError, SavingError, listed
 from lossargs._function import LossFunction, registered
-from lossargs._keras import FunctionLoss, weighted_metrics_of_building_model
+from lossargs._keras import FunctionLoss, weighted_metrics_in_use
 from lossargs._values import decode, encode, exhibit, hand_on, identity, show, take
 
 SAMPLE_WEIGHT = "sample_weight"  # the batch entry that is the ordinary sample weight
@@ -29,24 +29,14 @@ class BoundLoss(keras.losses.Loss):
     """
 
     def __init__(
-        self,
-        function: LossFunction,
-        args: Mapping[str, Any],
-        *,
-        name: str,
-        reduction: str | None,
-        dtype: str,
+        self, function: LossFunction, args: dict[str, Any], options: dict[str, Any], key: Hashable
     ) -> None:
-        policy = keras.dtype_policies.get(dtype)
-        super().__init__(
-            name=name,
-            reduction=reduction,  # pyright: ignore[reportArgumentType]
-            dtype=policy,
-        )
-        self._policy = policy
+        # One policy for all calls: Keras would make a new one from a string each time.
+        self._policy = keras.dtype_policies.get(options["dtype"])
+        super().__init__(**{**options, "dtype": self._policy})
         self._function = function
-        self._args = dict(args)
-        self._identity = _identity_of(function, args, name, reduction, dtype)
+        self._args = args
+        self._key = key  # equal for equal losses
         self._frozen = True
 
     @classmethod
@@ -67,13 +57,13 @@ class BoundLoss(keras.losses.Loss):
         """
         function.refuse_live_captures()
         taken = {n: take(v, f"{n!r} of {function.name}()") for n, v in args.items()}
-        dtype = dtype or keras.config.floatx()
-        key = _identity_of(function, taken, name, reduction, dtype)
+        options = {"name": name, "reduction": reduction, "dtype": dtype or keras.config.floatx()}
+        values = frozenset((name, identity(value)) for name, value in taken.items())
+        key = (function, values, *options.values())
         with _interned_lock:
             loss: Self | None = _interned.get(key)
             if loss is None:
-                loss = cls(function, taken, name=name, reduction=reduction, dtype=dtype)
-                _interned[key] = loss
+                loss = _interned[key] = cls(function, taken, options, key)
         return loss
 
     @property
@@ -81,7 +71,7 @@ class BoundLoss(keras.losses.Loss):
         """The bound arguments by name, read-only."""
         return MappingProxyType({name: exhibit(value) for name, value in self._args.items()})
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, /, **changes: Any) -> Self:
         """A loss like this one, with some arguments bound anew.
 
         Args:
@@ -139,9 +129,9 @@ class BoundLoss(keras.losses.Loss):
         return self._evaluation(self._args, None).call(y_true, y_pred)
 
     def _evaluation(self, args: Mapping[str, Any], sample_weight: Any) -> FunctionLoss:
-        """The Keras loss of the plain function of two that one call comes to.
+        """A Keras function loss with these arguments filled in, for one call.
 
-        Arguments are not kept anywhere but in this closure, so threads never see each other's.
+        The arguments are kept in this closure only, so that threads never see each other's.
         """
         function = self._function
         missing = function.missing(args)
@@ -158,7 +148,7 @@ class BoundLoss(keras.losses.Loss):
             values = function.fn(
                 y_true, y_pred, **{name: hand_on(v, self.dtype) for name, v in args.items()}
             )
-            if sample_weight is not None and _rank(values) == 0 and _rank(sample_weight) > 0:
+            if sample_weight is not None and _is_one_number(values, sample_weight):
                 raise BatchError(
                     f"{function.name} returned one number for the whole batch, and was given "
                     "weights for its samples (sample_weight or class_weight): Keras would scale "
@@ -187,11 +177,10 @@ class BoundLoss(keras.losses.Loss):
                     f"The batch entry {name!r} for {self._function.name} is None. Leave it out to "
                     "use the bound or default value, or give an array."
                 )
-        weighted_metrics = weighted_metrics_of_building_model()
         # Keras weights such a metric by the first entry of the dict, in the order of its keys.
-        if weighted_metrics and args and min(batch) != SAMPLE_WEIGHT:
+        if args and min(batch) != SAMPLE_WEIGHT and (metrics := weighted_metrics_in_use()):
             raise BatchError(
-                f"weighted_metrics={weighted_metrics} would be weighted by the batch entry "
+                f"weighted_metrics={metrics} would be weighted by the batch entry "
                 f"{min(batch)!r}, since Keras takes the first entry of a dict for the sample "
                 "weights. Give these metrics as metrics=[...], without weights."
             )
@@ -251,10 +240,10 @@ class BoundLoss(keras.losses.Loss):
         )
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, BoundLoss) and self._identity == other._identity
+        return isinstance(other, BoundLoss) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash(self._identity)
+        return hash(self._key)
 
     def __copy__(self) -> Self:
         return self
@@ -274,14 +263,21 @@ class BoundLoss(keras.losses.Loss):
         self._refuse_change(name)
 
     def _refuse_change(self, name: str) -> NoReturn:
-        instead = (
-            f"{self._function.name}.options({name}=...)"
-            if name in self._options()
-            else f"loss.replace({name}=...)"
-        )
+        instead = ""
+        if name in self._options():
+            instead = f" Make another one, {self._function.name}.options({name}=...)."
+        elif self._function.takes(name):
+            instead = f" Make another one, loss.replace({name}=...)."
         raise ImmutableError(
-            f"{self!r} cannot be changed ({name!r}): it may be in use elsewhere, as one object. "
-            f"Make another one, {instead}."
+            f"{self!r} cannot be changed ({name!r}): it may be in use elsewhere, as one object."
+            f"{instead}"
+        )
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NoReturn:
+        """Refused: what Keras tries with what a factory returns that was itself given as a loss."""
+        raise ArgumentError(
+            f"{self!r} is a loss and no number. If {self._function.name} itself is what "
+            f"compile(loss=...) was given, call it: loss={self._function.name}(...)."
         )
 
 
@@ -289,12 +285,14 @@ def _unpickled(function: LossFunction, args: dict[str, Any], options: dict[str, 
     return BoundLoss.of(function, args, **options)
 
 
-def _identity_of(
-    function: LossFunction, args: Mapping[str, Any], name: str, reduction: str | None, dtype: str
-) -> Any:
-    values = frozenset((name, identity(value)) for name, value in args.items())
-    return function, values, name, reduction, dtype
+def _is_one_number(values: Any, sample_weight: Any) -> bool:
+    """Whether the values are one number for all samples, and the weights one for each."""
+    weights = _shape(sample_weight)
+    shape = _shape(values)
+    if not shape:
+        return bool(weights)
+    return all(size == 1 for size in shape) and any(size not in (1, None) for size in weights)
 
 
-def _rank(values: Any) -> int:
-    return len(values.shape) if hasattr(values, "shape") else np.ndim(values)
+def _shape(values: Any) -> tuple[int | None, ...]:
+    return tuple(values.shape if hasattr(values, "shape") else np.shape(values))

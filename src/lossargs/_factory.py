@@ -8,7 +8,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, Protocol, overload
 import keras
 
 from lossargs._bound import BoundLoss
-from lossargs._errors import ArgumentError, SignatureError
+from lossargs._errors import SignatureError
 from lossargs._function import LossFunction, inspected
 
 P = ParamSpec("P")
@@ -29,11 +29,12 @@ class LossFactory(Generic[P]):
     __wrapped__: Callable[..., Any]
 
     def __init__(
-        self, function: LossFunction, *, name: str, reduction: str | None, dtype: Any
+        self, function: LossFunction, *, name: str | None, reduction: str | None, dtype: Any
     ) -> None:
         functools.update_wrapper(self, function.fn)
         self.__signature__ = function.signature
         self.function = function
+        name = name or function.log_name
         # Checks the options as Keras does, once, here.
         keras.losses.Loss(name=name, reduction=reduction)  # pyright: ignore[reportArgumentType]
         if dtype is not None:
@@ -55,22 +56,15 @@ class LossFactory(Generic[P]):
         Raises:
             ArgumentError: An argument is unknown, given twice, or no constant.
         """
-        bound = self.function.bind(args, kwargs)
-        for name, value in bound.items():
-            if isinstance(value, LossFactory):
-                raise ArgumentError(
-                    f"{name!r} of {self.function.name}() is the factory {value.function.name}, not "
-                    f"a loss. Call it: {name}={value.function.name}(...)."
-                )
-        return BoundLoss.of(self.function, bound, **self._options)
+        return BoundLoss.of(self.function, self.function.bind(args, kwargs), **self._options)
 
     def options(
-        self, *, name: str = _KEEP, reduction: str | None = _KEEP, dtype: Any = _KEEP
+        self, *, name: str | None = _KEEP, reduction: str | None = _KEEP, dtype: Any = _KEEP
     ) -> "LossFactory[P]":
         """The same factory with other options for the losses it makes.
 
         Args:
-            name: Their name in logs and messages of Keras.
+            name: Their name in logs and messages of Keras; `None` is the function's own.
             reduction: How Keras reduces the losses of the samples: `"sum_over_batch_size"`,
                 `"sum"`, `"mean"`, `"mean_with_sample_weight"`, `"none"` or `None`.
             dtype: What they compute in, e.g. `"float32"`; `None` is `keras.config.floatx()`.
@@ -208,4 +202,4 @@ def with_args(
             f"{fn.function.name}.options(...)."
         )
     function = inspected(fn, name=name, package=package)
-    return LossFactory(function, name=function.log_name, reduction=reduction, dtype=dtype)
+    return LossFactory(function, name=name, reduction=reduction, dtype=dtype)

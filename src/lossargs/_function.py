@@ -2,10 +2,9 @@
 
 import contextlib
 import dis
+import functools
 import inspect
-import pickle
 import pkgutil
-import sys
 import threading
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -23,7 +22,7 @@ from lossargs._errors import (
     nearest,
 )
 from lossargs._keras import get_object_name
-from lossargs._values import live_kind
+from lossargs._values import identity, live_kind, take
 
 # `loss(y_true, y_pred, sample_weight=None, **extra)` has these names for itself.
 RESERVED = ("y_true", "y_pred", "sample_weight")
@@ -45,7 +44,6 @@ class LossFunction:
         module: The module that another process would import it from.
         qualname: Its name there.
         origin: The place where it is written; equal for two readings of one place.
-        code: Its code, if it is written in Python.
     """
 
     def __init__(self, fn: Callable[..., Any], *, name: str | None, package: str | None) -> None:
@@ -58,18 +56,16 @@ class LossFunction:
         self.takes_any_name = len(self._named) < len(self.signature.parameters)
         self._required = tuple(n for n, p in self._named.items() if p.default is p.empty)
 
+        self._layers = _layers(fn)
         self._given = {"name": name, "package": package}
-        self.module, self.qualname = _home(fn)
+        self.module, self.qualname, file = _home(fn, self._layers[-1])
         self.key = f"{package or self.module}>{name or self.qualname}"
         # Two functions at one place of one file are one function, read again: a module reloaded or
         # run as a script beside its import, a notebook cell run once more.
-        file = getattr(sys.modules.get(fn.__module__), "__file__", None)
         self.origin = (file or self.module, self.qualname)
-
-        self._inner: Any = inspect.unwrap(fn)  # below decorators that use functools.wraps
-        self.code: types.CodeType | None = getattr(self._inner, "__code__", None)
-        self._captured_names = self.code.co_freevars if self.code else ()
-        self._global_names = frozenset(_global_names(self.code))
+        self._global_names = {
+            name: layer for layer in self._layers for name in _global_names(_code(layer))
+        }
         self.refuse_live_captures()
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,8 +78,8 @@ class LossFunction:
         if len(args) > len(positional):
             raise ArgumentError(
                 f"{self.name}() was given {len(args)} positional arguments and takes "
-                f"{listed(positional)} by position. If {self.name} itself is what compile(loss=...)"
-                f" was given, call it: loss={self.name}(...)."
+                f"{listed(positional)} by position. If {self.name} itself was given as a loss, to "
+                f"compile(loss=...) say, call it first: loss={self.name}(...)."
             )
         bound = dict(zip(positional, args, strict=False))
         for name in kwargs:
@@ -93,7 +89,19 @@ class LossFunction:
                     f"name ({kwargs[name]!r}). Give it once, {self.name}({name}=...)."
                 )
         self.check_names(kwargs, f"{self.name}() was given")
-        return {**bound, **kwargs}
+        bound |= kwargs
+        for name, value in bound.items():
+            factory = function_of(value)
+            if factory is not None:
+                raise ArgumentError(
+                    f"{name!r} of {self.name}() is the factory {factory.name}, not a loss. Call "
+                    f"it: {name}={factory.name}(...)."
+                )
+        return bound
+
+    def takes(self, name: str) -> bool:
+        """Whether there is an extra parameter of that name."""
+        return name not in RESERVED and (name in self._named or self.takes_any_name)
 
     def check_names(
         self,
@@ -105,7 +113,7 @@ class LossFunction:
     ) -> None:
         """Raise `error` for the first of the names that the function does not take."""
         for name in names:
-            if name in RESERVED or not (name in self._named or self.takes_any_name):
+            if not self.takes(name):
                 known = list(self._named)
                 raise error(
                     f"{given} {name!r}, which {self.name} does not take. It takes {listed(known)} "
@@ -119,23 +127,44 @@ class LossFunction:
     def refuse_live_captures(self) -> None:
         """Raise for a variable or symbolic tensor that the function reads from around itself."""
         for name, value in self._captured():
-            if isinstance(value, (keras.Variable, keras.KerasTensor)):
-                raise SignatureError(
-                    f"{self.name} uses {name!r} from outside, {live_kind(value)}. Keras does not "
-                    "see it there: on JAX its value is frozen into the compiled step, and nowhere "
-                    f"is it trained or saved. Make it an argument, def {self.name}(y_true, y_pred, "
-                    f"{name}), and give it by that name."
-                )
+            leaves = value if isinstance(value, (list, tuple)) else [value]
+            for leaf in leaves:
+                if isinstance(leaf, (keras.Variable, keras.KerasTensor)):
+                    raise SignatureError(
+                        f"{self.name} uses {name!r} from outside, {live_kind(leaf)}. Keras does "
+                        "not see it there: on JAX its value is frozen into the compiled step, and "
+                        "nowhere is it trained or saved. Make it an argument, "
+                        f"def {self.name}(y_true, y_pred, {name}), and give it by that name."
+                    )
 
     def _captured(self) -> Iterator[tuple[str, Any]]:
-        for name in self._global_names:
-            yield name, self._inner.__globals__.get(name)
-        if self._captured_names:
-            for name, cell in zip(self._captured_names, self._inner.__closure__, strict=True):
-                with contextlib.suppress(ValueError):  # not assigned yet
-                    yield name, cell.cell_contents
+        """All that the function reads but is not given in a call."""
+        for name, layer in self._global_names.items():
+            yield name, layer.__globals__.get(name)
+        yield from self._enclosed()
         for name, parameter in self._named.items():
             yield name, parameter.default
+
+    def _enclosed(self) -> Iterator[tuple[str, Any]]:
+        """What it holds of its own: captured variables, attributes, the arguments of a partial."""
+        for layer in self._layers:
+            code = _code(layer)
+            if code is not None:
+                cells = zip(code.co_freevars, layer.__closure__ or (), strict=True)
+                held = [(name, _content(cell)) for name, cell in cells]
+            elif isinstance(layer, functools.partial):
+                held = [*(("args", value) for value in layer.args), *layer.keywords.items()]
+            else:
+                held = list(getattr(getattr(layer, "__self__", layer), "__dict__", {}).items())
+            # A decorator holds the function below it, which is looked at by itself.
+            yield from (item for item in held if all(item[1] is not f for f in self._layers))
+
+    def _same_source(self, other: "LossFunction") -> bool:
+        """Whether two functions of one place are written alike, on whatever line."""
+        return len(self._layers) == len(other._layers) and all(
+            _source(one) == _source(two)
+            for one, two in zip(self._layers, other._layers, strict=True)
+        )
 
     def refuse_saving(self) -> None:
         """Raise if a saved loss could not find this same function again.
@@ -149,18 +178,20 @@ class LossFunction:
                 f"{self.name} is a lambda, and a loss is saved by the name of its function. "
                 f"{remedy}, under @with_args."
             )
-        if not isinstance(self._inner, types.FunctionType):
+        inner = self._layers[-1]
+        if isinstance(self.fn, functools.partial) or not isinstance(inner, types.FunctionType):
             raise SavingError(
-                f"{self.name} is a {type(self._inner).__name__}, not a function: what it holds "
+                f"{self.name} is a {type(self.fn).__name__}, not a function: what it holds "
                 f"would not be saved with the loss. {remedy}, and make what it holds an argument."
             )
-        if self._captured_names:
+        captured = [name for name, _ in self._enclosed()]
+        if captured and not self._is_at_its_place():
             raise SavingError(
-                f"{self.name} captures {listed(self._captured_names)} from the function around it, "
-                f"which would not be saved with the loss. {remedy}, and make each an argument: "
-                f"def {self.name}(y_true, y_pred, {', '.join(self._captured_names)})."
+                f"{self.name} captures {listed(captured)} from the function around it, which would "
+                f"not be saved with the loss. {remedy}, and make each an argument: "
+                f"def {self.name}(y_true, y_pred, {', '.join(captured)})."
             )
-        if _registry[self.key].code != self.code:
+        if not self._same_source(_registry[self.key]):
             raise SavingError(
                 f"{self.name} was defined anew, with other code, after this loss was bound. It "
                 f"would load with the new code, under the name {self.key!r} that both share. "
@@ -168,19 +199,25 @@ class LossFunction:
                 "@with_args(name=...)."
             )
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        place = f"{self.fn.__module__}:{getattr(self.fn, '__qualname__', '')}"
+    @property
+    def _place(self) -> str:
+        return f"{self.fn.__module__}:{getattr(self.fn, '__qualname__', '')}"
+
+    def _is_at_its_place(self) -> bool:
+        """Whether importing its module gives this very function."""
         try:
-            found = _function_at(place)
+            return _function_at(self._place) is self.fn
         except (ImportError, AttributeError, ValueError):
-            found = None
-        if found is not self.fn:
-            raise pickle.PicklingError(
-                f"{self.name} is not found at {place!r}, and functions are pickled by the place "
-                "where they are found. Write it with `def` at the top of a module, and decorate it "
-                "there."
+            return False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if not self._is_at_its_place():
+            raise SavingError(
+                f"{self.name} is not found at {self._place!r}, and functions are pickled by the "
+                "place where they are found. Write it with `def` at the top of a module, and "
+                "decorate it there."
             )
-        return _unpickled, (place, self._given)
+        return _unpickled, (self._place, self._given)
 
 
 def inspected(
@@ -220,9 +257,11 @@ def registered(key: str, module: str) -> LossFunction:
     """
     package, _, name = key.partition(">")
     for custom_name in (key, name):  # from custom_objects={...} of `load_model`
-        factory = keras.saving.get_registered_object(custom_name)
-        function = getattr(factory, "function", None)
-        if isinstance(function, LossFunction):
+        custom = keras.saving.get_registered_object(custom_name)
+        if isinstance(custom, types.FunctionType):
+            return inspected(custom)
+        function = function_of(custom)
+        if function is not None:
             return function
     if key in _registry:
         return _registry[key]
@@ -232,8 +271,8 @@ def registered(key: str, module: str) -> LossFunction:
             return inspected(fn)
     raise SavingError(
         f"The saved loss uses the function {key!r}, which this process does not know. Import the "
-        f"module that defines it ({module!r} when it was saved) before loading; lossargs never "
-        f"imports what a file names. If it moved, give it its old name, "
+        f"module that gives it to with_args before loading ({module!r} defined it when it was "
+        "saved); lossargs never imports what a file names. If it moved, give it its old name, "
         f"@with_args(package={package!r}, name={name!r}), or load with "
         f"custom_objects={{{key!r}: ...}}.{nearest(key, _registry)}"
     )
@@ -243,10 +282,16 @@ def _is_keras_loss(fn: types.FunctionType) -> bool:
     return list(inspect.signature(fn).parameters)[:2] == ["y_true", "y_pred"]
 
 
+def function_of(factory: Any) -> LossFunction | None:
+    """The function of a loss factory; `None` for anything else."""
+    function = getattr(factory, "function", None)
+    return function if isinstance(function, LossFunction) else None
+
+
 def _function_at(place: str) -> Any:
     found = pkgutil.resolve_name(place)
-    function = getattr(found, "function", None)  # a factory stands where its function stood
-    return function.fn if isinstance(function, LossFunction) else found
+    function = function_of(found)  # a factory stands where its function stood
+    return found if function is None else function.fn
 
 
 def _unpickled(place: str, given: dict[str, str | None]) -> LossFunction:
@@ -269,6 +314,11 @@ def _extra_signature(fn: Any, name: str) -> inspect.Signature:
         raise SignatureError(f"{name} does not tell its signature: {error}. {example}.") from error
     parameters = list(signature.parameters.values())
     extra = parameters[2:]
+    if parameters and parameters[0].name == "self":
+        raise SignatureError(
+            f"{name}{signature} is a method, and Keras calls a loss without an object. Move it out "
+            f"of its class. {example}."
+        )
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     if len(parameters) < 2 or any(p.kind not in by_position for p in parameters[:2]):
         raise SignatureError(
@@ -289,20 +339,59 @@ def _extra_signature(fn: Any, name: str) -> inspect.Signature:
     return signature.replace(parameters=extra, return_annotation=inspect.Signature.empty)
 
 
-def _home(fn: Any) -> tuple[str, str]:
-    """Module and qualified name that stay the same wherever the function is found from."""
+def _layers(fn: Any) -> tuple[Any, ...]:
+    """The function and those below it: of decorators that use functools.wraps, and of partials."""
+    layers = [fn]
+    while below := getattr(layers[-1], "__wrapped__", None) or getattr(layers[-1], "func", None):
+        layers.append(below)
+    return tuple(layers)
+
+
+def _home(fn: Any, inner: Any) -> tuple[str, str, str | None]:
+    """Module and qualified name by which another process finds the function, and its file."""
     qualname = getattr(fn, "__qualname__", type(fn).__qualname__)
+    names = getattr(inner, "__globals__", {})
+    module, file = fn.__module__, names.get("__file__")
     if getattr(keras.losses, qualname, None) is fn:
-        return "keras.losses", qualname  # whatever private module it lives in
-    module: str = fn.__module__
-    if module in ("__main__", "__mp_main__"):
+        module = "keras.losses"  # whatever private module it lives in
+    elif module in ("__main__", "__mp_main__"):
         # The name under which another process will import the script.
-        main: Any = sys.modules[module]
-        if getattr(main, "__spec__", None):
-            module = main.__spec__.name
-        elif getattr(main, "__file__", None):
-            module = Path(main.__file__).stem
-    return module, qualname
+        spec = names.get("__spec__")
+        if spec is not None and spec.name != "__main__":
+            module = spec.name
+        elif file:
+            module = Path(file).stem
+    return module, qualname, file
+
+
+def _code(fn: Any) -> types.CodeType | None:
+    return fn.__code__ if isinstance(fn, types.FunctionType) else None
+
+
+def _source(fn: Any) -> Any:
+    """What is written in a function: its code without lines, and its defaults."""
+    code = _code(fn)
+    if code is None:
+        return type(fn)
+    defaults = {**(fn.__kwdefaults__ or {}), "": fn.__defaults__}
+    try:
+        return _without_lines(code), identity(take(defaults, fn.__name__))
+    except ArgumentError:  # a default that could not be bound, a set say
+        return _without_lines(code), repr(defaults)
+
+
+def _content(cell: types.CellType) -> Any:
+    with contextlib.suppress(ValueError):  # not assigned yet
+        return cell.cell_contents
+    return None
+
+
+def _without_lines(code: types.CodeType) -> types.CodeType:
+    constants = tuple(
+        _without_lines(constant) if isinstance(constant, types.CodeType) else constant
+        for constant in code.co_consts
+    )
+    return code.replace(co_consts=constants, co_firstlineno=0, co_linetable=b"", co_filename="")
 
 
 def _global_names(code: types.CodeType | None) -> Iterator[str]:

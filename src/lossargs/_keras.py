@@ -7,9 +7,6 @@ import sys
 from types import FrameType
 from typing import Any
 
-import keras
-from keras.src.backend.common.symbolic_scope import in_symbolic_scope
-
 # What Keras makes of a plain function given to `compile(loss=...)`: rank squeezing, masks, weights
 # and reductions. Evaluating through it is what makes a bound loss equal to such a function.
 from keras.src.losses.losses import LossFunctionWrapper as FunctionLoss
@@ -17,18 +14,14 @@ from keras.src.losses.losses import LossFunctionWrapper as FunctionLoss
 # How Keras names a function in the logs.
 from keras.src.utils.naming import get_object_name
 
-__all__ = ["FunctionLoss", "get_object_name", "weighted_metrics_of_building_model"]
+__all__ = ["FunctionLoss", "get_object_name", "weighted_metrics_in_use"]
 
 
-def weighted_metrics_of_building_model() -> Any:
-    """The `weighted_metrics` of the model whose first step is being built, or `None`.
+def weighted_metrics_in_use() -> Any:
+    """The `weighted_metrics` of the model that is computing its loss, or `None`.
 
-    A loss never sees its model, but the model stands on the call stack. Keras builds every step
-    symbolically before the first batch, but on TensorFlow; only there is it looked for each time,
-    which a compiled step does once.
+    A loss never sees its model, but the model stands on the call stack.
     """
-    if not in_symbolic_scope() and keras.backend.backend() != "tensorflow":
-        return None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_name != "_compute_loss":
         frame = frame.f_back

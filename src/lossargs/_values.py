@@ -1,7 +1,10 @@
 """Constants: how a value is taken when it is bound, compared, handed on, shown, and saved."""
 
 import base64
-from collections.abc import Hashable
+import dataclasses
+import hashlib
+import json
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import keras
@@ -11,6 +14,22 @@ from lossargs._errors import ArgumentError, SavingError
 
 _PLAIN = (type(None), bool, int, str)  # what JSON keeps as it is, but for floats
 _ATOMS = (*_PLAIN, float, complex, bytes)
+
+# What holds variables, or is used up, and so would be read once, when the step is traced.
+_STATEFUL = {
+    "a layer": keras.Layer,
+    "a metric": keras.Metric,
+    "an optimizer": keras.Optimizer,
+    "a seed generator": keras.random.SeedGenerator,
+    "an iterator": Iterator,
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Tensor:
+    """A tensor of the backend as it was when bound; torch could change the tensor itself."""
+
+    array: np.ndarray[Any, Any]
 
 
 def take(value: Any, where: str) -> Any:
@@ -23,7 +42,7 @@ def take(value: Any, where: str) -> Any:
     Raises:
         ArgumentError: The value is not a constant, and cannot be used as one.
     """
-    if type(value) in _ATOMS or isinstance(value, np.generic):
+    if type(value) in _ATOMS or isinstance(value, (np.generic, _Tensor)):
         return value
     if isinstance(value, dict):
         return {take(k, where): take(v, where) for k, v in value.items()}
@@ -32,17 +51,12 @@ def take(value: Any, where: str) -> Any:
     if type(value) is tuple:
         return tuple(take(item, where) for item in value)
     _refuse_live(value, where)
+    if isinstance(value, keras.losses.Loss):
+        return value
     if not isinstance(value, np.ndarray) and keras.ops.is_tensor(value):
-        return _copy_tensor(value, where)
+        return _Tensor(_value_of_tensor(value, where))
     if hasattr(value, "__array__"):
-        array = np.array(value, order="C")
-        array = array.astype(array.dtype.newbyteorder("="), copy=False)
-        if array.dtype.hasobject:
-            raise ArgumentError(
-                f"{where} is an array of Python objects, which no backend can compute with. "
-                f"Give it a numeric dtype, e.g. `array.astype('float32')`."
-            )
-        return array
+        return _take_array(value, where)
     try:
         hash(value)
     except TypeError:
@@ -53,9 +67,24 @@ def take(value: Any, where: str) -> Any:
     return value
 
 
-def _copy_tensor(value: Any, where: str) -> Any:
+def _take_array(value: Any, where: str) -> np.ndarray[Any, Any]:
+    if isinstance(value, np.ma.MaskedArray):
+        raise ArgumentError(
+            f"{where} is a masked array, and no backend has a tensor with a mask. Give its data "
+            "and its mask as two arguments."
+        )
+    array = np.array(value, order="C")
+    if array.dtype.hasobject or array.dtype.names:
+        raise ArgumentError(
+            f"{where} is an array of {array.dtype}, which no backend can compute with. Give it a "
+            "numeric dtype, e.g. `array.astype('float32')`."
+        )
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _value_of_tensor(value: Any, where: str) -> np.ndarray[Any, Any]:
     try:
-        keras.ops.convert_to_numpy(value)
+        return np.array(keras.ops.convert_to_numpy(value))
     except Exception as error:
         raise ArgumentError(
             f"{where} is a tensor of a step that is being traced ({type(value).__name__}): it has "
@@ -63,7 +92,6 @@ def _copy_tensor(value: Any, where: str) -> Any:
             " If you gave the factory itself to compile(loss=...), call it first:"
             " loss=factory(...)."
         ) from error
-    return keras.ops.copy(value)
 
 
 def live_kind(value: Any) -> str | None:
@@ -74,8 +102,9 @@ def live_kind(value: Any) -> str | None:
         return "a symbolic tensor"
     if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
         return "a learning rate schedule"
-    if isinstance(value, keras.Layer):
-        return "a layer"
+    for kind, cls in _STATEFUL.items():
+        if isinstance(value, cls):
+            return kind
     for cls in type(value).__mro__:
         library = cls.__module__.partition(".")[0]
         if (library, cls.__name__) in {
@@ -113,7 +142,9 @@ def hand_on(value: Any, dtype: str) -> Any:
         return {k: hand_on(v, dtype) for k, v in value.items()}
     if type(value) in (list, tuple):
         return type(value)(hand_on(item, dtype) for item in value)
-    if isinstance(value, np.ndarray) and value.dtype.kind in "SUMm":  # no numbers
+    if isinstance(value, _Tensor):
+        value = value.array
+    elif isinstance(value, np.ndarray) and value.dtype.kind in "SUMm":  # no numbers
         return value
     if isinstance(value, np.ndarray) or keras.ops.is_tensor(value):
         own = keras.backend.standardize_dtype(value.dtype)
@@ -123,7 +154,9 @@ def hand_on(value: Any, dtype: str) -> Any:
 
 
 def exhibit(value: Any) -> Any:
-    """The value for `loss.args`: containers are new, arrays read-only."""
+    """The value for `loss.args`: containers and tensors are new, arrays read-only."""
+    if isinstance(value, _Tensor):
+        return keras.ops.convert_to_tensor(value.array)
     if isinstance(value, np.ndarray):
         view = value.view()
         view.flags.writeable = False
@@ -135,24 +168,6 @@ def exhibit(value: Any) -> Any:
     return value
 
 
-class _ArrayIdentity:
-    """An array as a part of a hashable key: same dtype, shape and bytes."""
-
-    def __init__(self, array: np.ndarray[Any, Any]) -> None:
-        self._array = array
-        self._outline = (array.dtype, array.shape)
-
-    def __hash__(self) -> int:
-        return hash(self._outline)
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, _ArrayIdentity)
-            and self._outline == other._outline
-            and self._array.tobytes() == other._array.tobytes()
-        )
-
-
 def identity(value: Any) -> Hashable:
     """A key that is equal for two values if they make the same compiled step.
 
@@ -160,14 +175,14 @@ def identity(value: Any) -> Hashable:
     """
     if type(value) in (float, complex):
         return type(value), repr(value)
-    if isinstance(value, (np.ndarray, np.generic)):
-        return type(value), _ArrayIdentity(np.asarray(value))
+    if isinstance(value, (np.ndarray, np.generic, _Tensor)):
+        array = value.array if isinstance(value, _Tensor) else np.asarray(value)
+        digest = hashlib.blake2b(array.tobytes()).digest()
+        return type(value), array.dtype, array.shape, digest
     if isinstance(value, dict):
         return dict, frozenset((identity(k), identity(v)) for k, v in value.items())
     if type(value) in (list, tuple):
         return type(value), tuple(identity(item) for item in value)
-    if keras.ops.is_tensor(value):
-        return type(value), _ArrayIdentity(np.asarray(keras.ops.convert_to_numpy(value)))
     return type(value), value
 
 
@@ -179,11 +194,12 @@ def show(value: Any) -> str:
         return "[" + ", ".join(map(show, value)) + "]"
     if type(value) is tuple:
         return "(" + ", ".join(map(show, value)) + ("," if len(value) == 1 else "") + ")"
-    if isinstance(value, np.ndarray) and value.size <= 8:
-        return f"array({value.tolist()}, {value.dtype.name})"
-    if isinstance(value, np.ndarray) or keras.ops.is_tensor(value):
-        dtype = keras.backend.standardize_dtype(value.dtype)
-        return f"<{type(value).__name__} {dtype} {tuple(value.shape)}>"
+    if isinstance(value, (np.ndarray, _Tensor)):
+        kind = "tensor" if isinstance(value, _Tensor) else "array"
+        array = value.array if isinstance(value, _Tensor) else value
+        if array.size <= 8:
+            return f"{kind}({array.tolist()}, {array.dtype.name})"
+        return f"<{kind} {array.dtype.name} {array.shape}>"
     return repr(value)
 
 
@@ -213,8 +229,8 @@ def encode(value: Any, where: str) -> Any:
         return _encode_array("array", value)
     if isinstance(value, np.generic):
         return _encode_array("scalar", np.asarray(value))
-    if keras.ops.is_tensor(value):
-        return _encode_array("tensor", np.asarray(keras.ops.convert_to_numpy(value)))
+    if isinstance(value, _Tensor):
+        return _encode_array("tensor", value.array)
     return _encode_object(value, where)
 
 
@@ -227,20 +243,26 @@ def _encode_array(kind: str, array: np.ndarray[Any, Any]) -> dict[str, Any]:
 
 
 def _encode_object(value: Any, where: str) -> dict[str, Any]:
-    try:
-        if getattr(value, "__name__", None) == "<lambda>":
-            raise TypeError("a lambda has no name to be found by")
-        config = keras.saving.serialize_keras_object(value)
-        keras.saving.deserialize_keras_object(config)
-    except SavingError:
-        raise
-    except Exception as error:
-        raise SavingError(
-            f"{where} is {value!r}, which Keras cannot save and load again: {error} "
-            "Give a plain value, or register its class or function with "
-            "@keras.saving.register_keras_serializable()."
-        ) from error
-    return {"kind": "keras", "object": config}
+    """By Keras's own serialization, which is not trusted: losses of Keras lose their arguments."""
+    name = getattr(value, "__name__", None)
+    reason = "a lambda has no name to be found by"
+    if name != "<lambda>":
+        try:
+            config = json.loads(json.dumps(keras.saving.serialize_keras_object(value)))
+            back = keras.saving.deserialize_keras_object(config)
+            if type(back) is type(value) and back == value:
+                return {"kind": "keras", "object": config}
+            reason = f"it came back as {back!r}, which is not equal to it"
+        except SavingError:
+            raise
+        except Exception as error:  # noqa: BLE001 - of any class that a user registered
+            reason = str(error)
+    raise SavingError(
+        f"{where} is {value!r}, which Keras does not save and load as it is: {reason}. Give a "
+        "plain value; or, for a loss of Keras, with_args(keras.losses.huber)(delta=2.0), say; or "
+        "register its class or function with @keras.saving.register_keras_serializable(), and let "
+        "its class define equality."
+    )
 
 
 def decode(config: Any) -> Any:
@@ -268,7 +290,7 @@ def decode(config: Any) -> Any:
             case "scalar":
                 return _decode_array(config)[()]
             case "tensor":
-                return keras.ops.convert_to_tensor(_decode_array(config))
+                return _Tensor(_decode_array(config))
             case "keras":
                 return keras.saving.deserialize_keras_object(config["object"])
             case kind:
