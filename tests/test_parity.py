@@ -181,7 +181,7 @@ def masked_model():
 
 @pytest.mark.parametrize("weight", [None, np.linspace(0, 1, 8).reshape(2, 4)], ids=str)
 def test_masks_of_the_model_count(weight):
-    x, y = np.array([[1, 2, 0, 0], [3, 0, 0, 0]]), np.ones((2, 4, 2), "float32")
+    x, y = np.array([[1, 2, 0, 0], [3, 0, 0, 0]], "int32"), np.ones((2, 4, 2), "float32")
     results = []
     for loss in (plain, bound):
         model = masked_model()

@@ -63,9 +63,11 @@ class LossFunction:
         # Two functions at one place of one file are one function, read again: a module reloaded or
         # run as a script beside its import, a notebook cell run once more.
         self.origin = (file or self.module, self.qualname)
-        self._global_names = {
-            name: layer for layer in self._layers for name in _global_names(_code(layer))
-        }
+        self._globals_read = [
+            (name, layer.__globals__)
+            for layer in self._layers
+            for name in sorted(set(_global_names(_code(layer))))
+        ]
         self.refuse_live_captures()
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,8 +141,8 @@ class LossFunction:
 
     def _captured(self) -> Iterator[tuple[str, Any]]:
         """All that the function reads but is not given in a call."""
-        for name, layer in self._global_names.items():
-            yield name, layer.__globals__.get(name)
+        for name, namespace in self._globals_read:
+            yield name, namespace.get(name)
         yield from self._enclosed()
         for name, parameter in self._named.items():
             yield name, parameter.default
