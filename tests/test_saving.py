@@ -279,6 +279,14 @@ def test_value_captured_by_a_decorator_below():
         tripled(1).get_config()
 
 
+def test_function_compiled_by_a_decorator():
+    loss = losses.compiled(1)
+    assert type(loss).from_config(loss.get_config()) is loss
+    local = with_args(losses.Compiled(lambda y_true, y_pred: y_true - y_pred), name="local")
+    with pytest.raises(SavingError, match="local is a lambda"):
+        local().get_config()
+
+
 def test_partial():
     loss = with_args(functools.partial(losses.scaled.__wrapped__, scale=3.0))(power=1.0)
     with pytest.raises(SavingError, match="partial is a partial, not a function"):
