@@ -4,7 +4,7 @@ import base64
 import dataclasses
 import hashlib
 import json
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import keras
@@ -15,8 +15,12 @@ from lossargs._errors import ArgumentError, SavingError
 _PLAIN = (type(None), bool, int, str)  # what JSON keeps as it is, but for floats
 _ATOMS = (*_PLAIN, float, complex, bytes)
 
-# What holds variables, or is used up, and so would be read once, when the step is traced.
-_STATEFUL = {
+# What changes from step to step, holds variables, or is used up: as a constant it would be read
+# once, when the step is traced.
+_LIVE = {
+    "a keras.Variable": keras.Variable,
+    "a symbolic tensor": keras.KerasTensor,
+    "a learning rate schedule": keras.optimizers.schedules.LearningRateSchedule,
     "a layer": keras.Layer,
     "a metric": keras.Metric,
     "an optimizer": keras.Optimizer,
@@ -96,13 +100,7 @@ def _value_of_tensor(value: Any, where: str) -> np.ndarray[Any, Any]:
 
 def live_kind(value: Any) -> str | None:
     """What a value is whose content changes from step to step, or `None` for a constant."""
-    if isinstance(value, keras.Variable):
-        return "a keras.Variable"
-    if isinstance(value, keras.KerasTensor):
-        return "a symbolic tensor"
-    if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
-        return "a learning rate schedule"
-    for kind, cls in _STATEFUL.items():
+    for kind, cls in _LIVE.items():
         if isinstance(value, cls):
             return kind
     for cls in type(value).__mro__:
@@ -129,6 +127,15 @@ def _refuse_live(value: Any, where: str) -> None:
         )
 
 
+def _rebuilt(value: Any, convert: Callable[[Any], Any]) -> Any:
+    """The value in new containers, with each leaf converted."""
+    if isinstance(value, dict):
+        return {k: _rebuilt(v, convert) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_rebuilt(item, convert) for item in value)
+    return convert(value)
+
+
 def hand_on(value: Any, dtype: str) -> Any:
     """The value for the user's function, the same on every backend.
 
@@ -136,36 +143,36 @@ def hand_on(value: Any, dtype: str) -> Any:
     `y_pred` are, bool and integers in their own. Containers are new, so that the function may
     change them.
     """
-    if type(value) in _ATOMS:
-        return value
-    if isinstance(value, dict):
-        return {k: hand_on(v, dtype) for k, v in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(hand_on(item, dtype) for item in value)
-    if isinstance(value, _Tensor):
-        value = value.array
-    elif isinstance(value, np.ndarray) and value.dtype.kind in "SUMm":  # no numbers
-        return value
-    if isinstance(value, np.ndarray) or keras.ops.is_tensor(value):
-        own = keras.backend.standardize_dtype(value.dtype)
-        is_float = keras.backend.is_float_dtype(own)
-        return keras.ops.convert_to_tensor(value, dtype=dtype if is_float else None)
-    return value
+
+    def convert(leaf: Any) -> Any:
+        if type(leaf) in _ATOMS:
+            return leaf
+        if isinstance(leaf, _Tensor):
+            leaf = leaf.array
+        elif isinstance(leaf, np.ndarray) and leaf.dtype.kind in "SUMm":  # no numbers
+            return leaf
+        if isinstance(leaf, np.ndarray) or keras.ops.is_tensor(leaf):
+            own = keras.backend.standardize_dtype(leaf.dtype)
+            is_float = keras.backend.is_float_dtype(own)
+            return keras.ops.convert_to_tensor(leaf, dtype=dtype if is_float else None)
+        return leaf
+
+    return _rebuilt(value, convert)
+
+
+def _exhibited(leaf: Any) -> Any:
+    if isinstance(leaf, _Tensor):
+        return keras.ops.convert_to_tensor(leaf.array)
+    if isinstance(leaf, np.ndarray):
+        view = leaf.view()
+        view.flags.writeable = False
+        return view
+    return leaf
 
 
 def exhibit(value: Any) -> Any:
     """The value for `loss.args`: containers and tensors are new, arrays read-only."""
-    if isinstance(value, _Tensor):
-        return keras.ops.convert_to_tensor(value.array)
-    if isinstance(value, np.ndarray):
-        view = value.view()
-        view.flags.writeable = False
-        return view
-    if isinstance(value, dict):
-        return {k: exhibit(v) for k, v in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(exhibit(item) for item in value)
-    return value
+    return _rebuilt(value, _exhibited)
 
 
 def identity(value: Any) -> Hashable:
