@@ -1,5 +1,7 @@
 """Keras losses with extra arguments."""
 
+from lossargs._adapters import Adapter
+from lossargs._attach import attach, detach, live_args
 from lossargs._errors import (
     ArgumentError,
     BatchError,
@@ -9,15 +11,21 @@ from lossargs._errors import (
     SignatureError,
 )
 from lossargs._factory import with_args
+from lossargs._layer import LossArgs
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapter",
     "ArgumentError",
     "BatchError",
     "ImmutableError",
+    "LossArgs",
     "LossArgsError",
     "SavingError",
     "SignatureError",
+    "attach",
+    "detach",
+    "live_args",
     "with_args",
 ]

@@ -1,18 +1,36 @@
 """A loss function with its extra arguments bound: an ordinary, immutable Keras loss."""
 
 import threading
+import uuid
 import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NoReturn, Self
 
 import keras
 import numpy as np
 
+from lossargs._carried import Step, carried, move, value_of
 from lossargs._errors import ArgumentError, BatchError, ImmutableError, SavingError, listed
 from lossargs._function import LossFunction, registered
-from lossargs._keras import FunctionLoss, weighted_metrics_in_use
-from lossargs._values import decode, encode, exhibit, hand_on, identity, show, take
+from lossargs._keras import (
+    FunctionLoss,
+    in_metrics,
+    in_symbolic_scope,
+    weighted_metrics_in_use,
+)
+from lossargs._values import (
+    Saved,
+    decode,
+    encode,
+    exhibit,
+    hand_on,
+    identity,
+    live_leaves,
+    rebuilt,
+    show,
+    take,
+)
 
 SAMPLE_WEIGHT = "sample_weight"  # the batch entry that is the ordinary sample weight
 
@@ -37,6 +55,13 @@ class BoundLoss(keras.losses.Loss):
         self._function = function
         self._args = args
         self._key = key  # equal for equal losses
+        leaves = {identity(leaf): leaf for _, _, leaf in self.live_leaves()}
+        prefix = uuid.uuid4().hex if leaves else ""
+        # Two live values of one type look alike in a file: what tells them apart is made up.
+        self._saved = {
+            live: leaf if isinstance(leaf, Saved) else Saved(f"{prefix}-{number}", show(leaf))
+            for number, (live, leaf) in enumerate(leaves.items())
+        }
         self._frozen = True
 
     @classmethod
@@ -93,6 +118,46 @@ class BoundLoss(keras.losses.Loss):
         changes = self._function.bind((), changes)
         return self.of(self._function, {**self._args, **changes}, **self._options())
 
+    def live_leaves(self) -> Iterator[tuple[str, str, Any]]:
+        """The live values bound: the argument of each, its name in the logs, the value itself."""
+        for name, value in self._args.items():
+            yield from ((name, f"{name}{place}", leaf) for place, leaf in live_leaves(value))
+
+    def saved_leaf(self, leaf: Any) -> Any:
+        """What stands for a live value in the config; other values as they are."""
+        return self._saved.get(identity(leaf), leaf) if self._saved else leaf
+
+    def live_args(self, convert: Callable[[Any], Any]) -> dict[str, Any]:
+        """The arguments that hold live values, with each leaf converted."""
+        names = dict.fromkeys(name for name, _, _ in self.live_leaves())
+        return {name: rebuilt(self._args[name], convert) for name in names}
+
+    def inner_losses(self) -> Iterator["BoundLoss"]:
+        """The bound losses among the arguments, at any depth."""
+        found: list[BoundLoss] = []
+
+        def look(leaf: Any) -> None:
+            if isinstance(leaf, BoundLoss):
+                found.extend((leaf, *leaf.inner_losses()))
+
+        for value in self._args.values():
+            rebuilt(value, look)
+        return iter(found)
+
+    @property
+    def holds_live(self) -> bool:
+        """Whether this loss, or one among its arguments, has live arguments."""
+        return bool(self._saved) or any(loss.holds_live for loss in self.inner_losses())
+
+    @property
+    def parameters(self) -> list[str]:
+        """The extra parameters of the function, but for those of `**extra`."""
+        return self._function.parameters
+
+    def takes(self, name: str) -> bool:
+        """Whether the function has an extra parameter of that name."""
+        return self._function.takes(name)
+
     def _options(self) -> dict[str, Any]:
         return {"name": self.name, "reduction": self.reduction, "dtype": self.dtype}
 
@@ -115,36 +180,106 @@ class BoundLoss(keras.losses.Loss):
             ArgumentError: An argument is missing or unknown.
             BatchError: What came with the batch would be used wrongly, or not at all.
         """
-        args = self._args
+        given = sample_weight
+        batch: Mapping[str, Any] = {}
         if isinstance(sample_weight, Mapping):
             batch, sample_weight = self._split(sample_weight)
-            args = {**args, **batch}
-        if extra:
-            self._function.check_names(extra, f"{self._function.name} was called with")
-            args = {**args, **extra}
-        return self._evaluation(args, sample_weight)(y_true, y_pred, sample_weight)
+        self._function.check_names(extra, f"{self._function.name} was called with")
+        step = carried(y_pred).get(self)
+        args = self._in_force(y_pred, step, batch, extra)
+        if args is None:
+            return keras.ops.zeros((), dtype=self.dtype)
+        loss = self._evaluation(args, y_pred, sample_weight)(y_true, y_pred, sample_weight)
+        if step is not None and step.report is not None:
+            step.report(y_true, y_pred, given)
+        return loss
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """The loss of each sample, before weights and reduction."""
-        return self._evaluation(self._args, None).call(y_true, y_pred)
+        args = self._in_force(y_pred, carried(y_pred).get(self), {}, {}) or {}
+        return self._evaluation(args, y_pred, None).call(y_true, y_pred)
 
-    def _evaluation(self, args: Mapping[str, Any], sample_weight: Any) -> FunctionLoss:
+    def _in_force(
+        self,
+        y_pred: Any,
+        step: Step | None,
+        batch: Mapping[str, Any],
+        extra: Mapping[str, Any],
+    ) -> Mapping[str, Any] | None:
+        """The arguments of one call, or `None` if there is nothing yet to take them from."""
+        args = {**self._args, **batch}
+        if step is not None:
+            args |= {name: value_of(step, name) for name in step.values}
+        if extra:
+            args |= extra
+        symbolic = in_symbolic_scope()
+        live = {} if not self._saved else dict.fromkeys(name for name, _, _ in self.live_leaves())
+        if live and (symbolic or keras.backend.backend() == "tensorflow") and in_metrics():
+            raise ArgumentError(
+                f"{self!r} has live arguments ({listed(live)}), and was given to compile as a "
+                "metric. Metrics are computed outside the step of the model, where these have no "
+                "value. Let the model track it: attach(..., loss, track=[this one])."
+            )
+        known = {*extra, *(step.values if step else ())}
+        unresolved = [name for name in live if name not in known]
+        missing = self._function.missing(args)
+        if symbolic and (missing or unresolved):
+            # Keras computes the loss once before the first step, of stand-ins that did not come
+            # from the model and carry nothing. What is really missing shows in the first step.
+            return None
+        if unresolved:
+            raise self._not_attached(unresolved, carried(y_pred))
+        if missing:
+            raise ArgumentError(
+                f"{self._function.name} needs a value for {listed(missing)}. Bind it, "
+                f"{self._function.name}({missing[0]}=...); or give it with the batch, as an entry "
+                "of a dict in the third element of the data: "
+                f"fit(x, y, sample_weight={{{missing[0]!r}: ...}}), and the same for validation "
+                "and evaluate; or at the call. A loss in metrics=[...] gets nothing from the "
+                "batch."
+            )
+        return args
+
+    def _not_attached(self, names: Collection[str], others: Collection[Any]) -> ArgumentError:
+        """What is wrong if live arguments have no value."""
+        what = f"{self!r} has live arguments ({listed(names)}), which have a value only in a step "
+        same = [loss for loss in others if loss._function is self._function]
+        if same:
+            return ArgumentError(
+                f"{what}of a model they are attached to, and this model was attached to another "
+                f"loss of the same function, {same[0]!r}. Bind once, and give that one loss to "
+                "attach and to compile; of a model that was loaded or cloned, it is "
+                "model.loss or the `loss` of its LossArgs layer."
+            )
+        if others:
+            return ArgumentError(
+                f"{what}of a model they are attached to. This model was attached to another loss, "
+                f"{next(iter(others))!r}. Attach it to this one: model = attach(model, loss)."
+            )
+        return ArgumentError(
+            f"{what}of a model they are attached to, and these predictions come from none, or not "
+            "directly. Write model = attach(model, loss), or attach the tensor that is the output, "
+            "keras.Model(x, attach(y_pred, loss)), before compile; in a subclassed model, return "
+            "what the layer LossArgs(loss) gives. In a call by hand give the values: "
+            f"loss(y_true, y_pred, {next(iter(names))}=...)."
+        )
+
+    def _evaluation(self, args: Mapping[str, Any], source: Any, sample_weight: Any) -> FunctionLoss:
         """A Keras function loss with these arguments filled in, for one call.
 
         The arguments are kept in this closure only, so that threads never see each other's.
+
+        Args:
+            args: All arguments by name.
+            source: `y_pred` as it came, before Keras converted it.
+            sample_weight: The weights of the samples, if any.
         """
         function = self._function
-        missing = function.missing(args)
-        if missing:
-            raise ArgumentError(
-                f"{function.name} needs a value for {listed(missing)}. Bind it, "
-                f"{function.name}({missing[0]}=...); or give it with the batch, as an entry of a "
-                f"dict in the third element of the data: fit(x, y, sample_weight={{{missing[0]!r}: "
-                "...}), and the same for validation and evaluate; or at the call. A loss in "
-                "metrics=[...] gets nothing from the batch."
-            )
+        inner = any(True for _ in self.inner_losses())
 
         def fn(y_true: Any, y_pred: Any) -> Any:
+            if inner:  # these look at what their `y_pred` carries
+                move(source, y_pred)
             values = function.fn(
                 y_true, y_pred, **{name: hand_on(v, self.dtype) for name, v in args.items()}
             )
@@ -199,7 +334,7 @@ class BoundLoss(keras.losses.Loss):
             "function": function.key,
             "module": function.module,
             "args": {
-                name: encode(value, f"{name!r} of {function.name}()")
+                name: encode(rebuilt(value, self.saved_leaf), f"{name!r} of {function.name}()")
                 for name, value in self._args.items()
             },
         }
@@ -252,7 +387,8 @@ class BoundLoss(keras.losses.Loss):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (self._function, self._args, self._options())
+        args = {name: rebuilt(value, self.saved_leaf) for name, value in self._args.items()}
+        return _unpickled, (self._function, args, self._options())
 
     def __setattr__(self, name: str, value: Any) -> None:
         if getattr(self, "_frozen", False):

@@ -22,7 +22,7 @@ from lossargs._errors import (
     nearest,
 )
 from lossargs._keras import get_object_name
-from lossargs._values import identity, live_kind, take
+from lossargs._values import identity, take
 
 # `loss(y_true, y_pred, sample_weight=None, **extra)` has these names for itself.
 RESERVED = ("y_true", "y_pred", "sample_weight")
@@ -101,6 +101,11 @@ class LossFunction:
                 )
         return bound
 
+    @property
+    def parameters(self) -> list[str]:
+        """The extra parameters but for `**extra`."""
+        return list(self._named)
+
     def takes(self, name: str) -> bool:
         """Whether there is an extra parameter of that name."""
         return name not in RESERVED and (name in self._named or self.takes_any_name)
@@ -132,9 +137,11 @@ class LossFunction:
             leaves = value if isinstance(value, (list, tuple)) else [value]
             for leaf in leaves:
                 if isinstance(leaf, (keras.Variable, keras.KerasTensor)):
+                    is_variable = isinstance(leaf, keras.Variable)
+                    kind = "a keras.Variable" if is_variable else "a symbolic tensor"
                     raise SignatureError(
-                        f"{self.name} uses {name!r} from outside, {live_kind(leaf)}. Keras does "
-                        "not see it there: on JAX its value is frozen into the compiled step, and "
+                        f"{self.name} uses {name!r} from outside, {kind}. Keras does not see it "
+                        "there: on JAX its value is frozen into the compiled step, and "
                         "nowhere is it trained or saved. Make it an argument, "
                         f"def {self.name}(y_true, y_pred, {name}), and give it by that name."
                     )

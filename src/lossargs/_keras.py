@@ -3,29 +3,121 @@
 If a Keras release moves one of these names, this is the file to mend, and the only one.
 """
 
+import inspect
 import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
+
+import keras
+
+# Before the first step Keras builds the loss with stand-ins, which did not come from the model.
+from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+
+# What the replicas of `tf.distribute` are given is scaled by their number; logs are not.
+from keras.src.losses.loss import unscale_loss_for_distribution
 
 # What Keras makes of a plain function given to `compile(loss=...)`: rank squeezing, masks, weights
 # and reductions. Evaluating through it is what makes a bound loss equal to such a function.
 from keras.src.losses.losses import LossFunctionWrapper as FunctionLoss
 
+# What `keras.Model(inputs, outputs)` makes.
+from keras.src.models.functional import Functional
+
 # How Keras names a function in the logs.
 from keras.src.utils.naming import get_object_name
 
-__all__ = ["FunctionLoss", "get_object_name", "weighted_metrics_in_use"]
+__all__ = [
+    "FunctionLoss",
+    "Functional",
+    "flat_layers",
+    "get_object_name",
+    "in_metrics",
+    "in_symbolic_scope",
+    "inputs_above",
+    "keeps_constructor",
+    "model_in_use",
+    "origin",
+    "unscale_loss_for_distribution",
+    "variables_can_be_assigned",
+    "weighted_metrics_in_use",
+]
+
+
+def variables_can_be_assigned() -> bool:
+    """Whether a variable assigned here keeps its value, and is not left holding a traced one."""
+    return keras.backend.backend() != "jax" or bool(in_stateless_scope())
+
+
+def flat_layers(model: keras.Layer) -> list[keras.Layer]:
+    """The model itself and all its layers, at any depth."""
+    return list(model._flatten_layers())
+
+
+def _frames(*functions: str) -> Iterator[FrameType]:
+    """The calls on the stack, innermost first, of functions of these names."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name in functions:
+            yield frame
+        frame = frame.f_back
+
+
+# A loss and a layer never see the model they are in, but the model stands on the call stack.
+
+
+def model_in_use() -> Any:
+    """The model that is being built, trained or evaluated, or `None`."""
+    for frame in _frames("_symbolic_build", "train_step", "test_step"):
+        model = frame.f_locals.get("self")
+        if isinstance(model, keras.Model):
+            return model
+    return None
+
+
+def in_metrics() -> bool:
+    """Whether the caller is evaluated as a metric."""
+    for frame in _frames("compute_metrics", "compute_loss"):
+        return frame.f_code.co_name == "compute_metrics"
+    return False
 
 
 def weighted_metrics_in_use() -> Any:
-    """The `weighted_metrics` of the model that is computing its loss, or `None`.
+    """The `weighted_metrics` of the model that is computing its loss, or `None`."""
+    for frame in _frames("_compute_loss"):
+        metrics = getattr(frame.f_locals["self"], "_compile_metrics", None)
+        return getattr(metrics, "_user_weighted_metrics", None)
+    return None
 
-    A loss never sees its model, but the model stands on the call stack.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "_compute_loss":
-        frame = frame.f_back
-    if frame is None:
-        return None
-    metrics = getattr(frame.f_locals["self"], "_compile_metrics", None)
-    return getattr(metrics, "_user_weighted_metrics", None)
+
+# The graph of a Functional model.
+
+
+def keeps_constructor(model: Any, base: type) -> bool:
+    """Whether a model of this class can be made as one of the base class is."""
+    own = inspect.getfullargspec(type(model).__init__)
+    known = inspect.getfullargspec(vars(base)["__init__"])
+    return own.args == known.args or bool(own.varargs and own.varkw)
+
+
+def origin(tensor: keras.KerasTensor) -> tuple[Any, list[keras.KerasTensor]]:
+    """The layer or operation that a symbolic tensor comes from, and what that was called with."""
+    operation, node, _ = vars(tensor)["_keras_history"]
+    return operation, operation._inbound_nodes[node].input_tensors
+
+
+def inputs_above(tensors: list[keras.KerasTensor]) -> dict[int, keras.KerasTensor]:
+    """The inputs that symbolic tensors are computed from, by `id`."""
+    inputs: dict[int, keras.KerasTensor] = {}
+    seen: set[int] = set()
+    pending = list(tensors)
+    while pending:
+        tensor = pending.pop()
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            _, above = origin(tensor)
+            pending += above
+            if not above:
+                inputs[id(tensor)] = tensor
+    return inputs

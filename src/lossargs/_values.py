@@ -1,4 +1,4 @@
-"""Constants: how a value is taken when it is bound, compared, handed on, shown, and saved."""
+"""Bound values: how each is taken, compared, handed on, shown, and saved."""
 
 import base64
 import dataclasses
@@ -15,18 +15,48 @@ from lossargs._errors import ArgumentError, SavingError
 _PLAIN = (type(None), bool, int, str)  # what JSON keeps as it is, but for floats
 _ATOMS = (*_PLAIN, float, complex, bytes)
 
-# What changes from step to step, holds variables, or is used up: as a constant it would be read
-# once, when the step is traced.
-_LIVE = {
-    "a keras.Variable": keras.Variable,
-    "a symbolic tensor": keras.KerasTensor,
-    "a learning rate schedule": keras.optimizers.schedules.LearningRateSchedule,
+# Holds variables, or is used up: as a constant it would be read once, when the step is traced.
+_REFUSED = {
     "a layer": keras.Layer,
     "a metric": keras.Metric,
     "an optimizer": keras.Optimizer,
     "a seed generator": keras.random.SeedGenerator,
     "an iterator": Iterator,
 }
+
+
+# Types whose values change from step to step; `lossargs.Adapter` adds to them.
+live_types: list[type] = []
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A live value of a loss that was saved: the layer saved with it keeps the value itself.
+
+    Attributes:
+        id: What the layer finds it by.
+        shown: What it was.
+    """
+
+    id: str
+    shown: str
+
+
+def is_live(value: Any) -> bool:
+    """Whether the value changes from step to step, and has to be handed over in each."""
+    return isinstance(value, (Saved, *live_types))
+
+
+def live_leaves(value: Any) -> Iterator[tuple[str, Any]]:
+    """The live values in a bound one, each with where it stands: `""`, `"_0"`, `"_key"`."""
+    if is_live(value):
+        yield "", value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from ((f"_{key}{place}", leaf) for place, leaf in live_leaves(item))
+    elif type(value) in (list, tuple):
+        for number, item in enumerate(value):
+            yield from ((f"_{number}{place}", leaf) for place, leaf in live_leaves(item))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,16 +67,16 @@ class _Tensor:
 
 
 def take(value: Any, where: str) -> Any:
-    """A copy of a value that is to be bound, so that later changes to it change nothing.
+    """A value that is to be bound: a copy, so that later changes change nothing, unless live.
 
     Args:
         value: What the user gave.
         where: The argument it was given for, for the message: `` `shift` of shifted() ``.
 
     Raises:
-        ArgumentError: The value is not a constant, and cannot be used as one.
+        ArgumentError: The value is neither live nor a constant.
     """
-    if type(value) in _ATOMS or isinstance(value, (np.generic, _Tensor)):
+    if type(value) in _ATOMS or isinstance(value, (np.generic, _Tensor)) or is_live(value):
         return value
     if isinstance(value, dict):
         return {take(k, where): take(v, where) for k, v in value.items()}
@@ -54,7 +84,15 @@ def take(value: Any, where: str) -> Any:
         return [take(item, where) for item in value]
     if type(value) is tuple:
         return tuple(take(item, where) for item in value)
-    _refuse_live(value, where)
+    kind = _refused_kind(value)
+    if kind is not None:
+        raise ArgumentError(
+            f"{where} is {kind}: bound as a constant, it would keep the value it has now in the "
+            "compiled step. Give a keras.Variable, which is followed and, if trainable, trained; "
+            "or leave the argument unbound and give its value with the batch, "
+            "fit(..., sample_weight={name: values}), or at the call, "
+            "loss(y_true, y_pred, name=value)."
+        )
     if isinstance(value, keras.losses.Loss):
         return value
     if not isinstance(value, np.ndarray) and keras.ops.is_tensor(value):
@@ -98,9 +136,9 @@ def _value_of_tensor(value: Any, where: str) -> np.ndarray[Any, Any]:
         ) from error
 
 
-def live_kind(value: Any) -> str | None:
-    """What a value is whose content changes from step to step, or `None` for a constant."""
-    for kind, cls in _LIVE.items():
+def _refused_kind(value: Any) -> str | None:
+    """What a value is that can be neither followed nor bound, or `None`."""
+    for kind, cls in _REFUSED.items():
         if isinstance(value, cls):
             return kind
     for cls in type(value).__mro__:
@@ -116,23 +154,12 @@ def live_kind(value: Any) -> str | None:
     return None
 
 
-def _refuse_live(value: Any, where: str) -> None:
-    kind = live_kind(value)
-    if kind is not None:
-        raise ArgumentError(
-            f"{where} is {kind}: bound as a constant, it would keep the value it has now in the "
-            "compiled step. This version of lossargs binds constants only. Leave the argument "
-            "unbound and give its value with the batch, fit(..., sample_weight={name: values}), "
-            "or at the call, loss(y_true, y_pred, name=value)."
-        )
-
-
-def _rebuilt(value: Any, convert: Callable[[Any], Any]) -> Any:
+def rebuilt(value: Any, convert: Callable[[Any], Any]) -> Any:
     """The value in new containers, with each leaf converted."""
     if isinstance(value, dict):
-        return {k: _rebuilt(v, convert) for k, v in value.items()}
+        return {k: rebuilt(v, convert) for k, v in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_rebuilt(item, convert) for item in value)
+        return type(value)(rebuilt(item, convert) for item in value)
     return convert(value)
 
 
@@ -149,6 +176,8 @@ def hand_on(value: Any, dtype: str) -> Any:
             return leaf
         if isinstance(leaf, _Tensor):
             leaf = leaf.array
+        elif isinstance(leaf, keras.Variable):
+            leaf = leaf.value
         elif isinstance(leaf, np.ndarray) and leaf.dtype.kind in "SUMm":  # no numbers
             return leaf
         if isinstance(leaf, np.ndarray) or keras.ops.is_tensor(leaf):
@@ -157,7 +186,7 @@ def hand_on(value: Any, dtype: str) -> Any:
             return keras.ops.convert_to_tensor(leaf, dtype=dtype if is_float else None)
         return leaf
 
-    return _rebuilt(value, convert)
+    return rebuilt(value, convert)
 
 
 def _exhibited(leaf: Any) -> Any:
@@ -172,7 +201,7 @@ def _exhibited(leaf: Any) -> Any:
 
 def exhibit(value: Any) -> Any:
     """The value for `loss.args`: containers and tensors are new, arrays read-only."""
-    return _rebuilt(value, _exhibited)
+    return rebuilt(value, _exhibited)
 
 
 def identity(value: Any) -> Hashable:
@@ -182,6 +211,8 @@ def identity(value: Any) -> Hashable:
     """
     if type(value) in (float, complex):
         return type(value), repr(value)
+    if isinstance(value, tuple(live_types)):
+        return type(value), id(value)  # which variable it is counts, and not what it holds now
     if isinstance(value, (np.ndarray, np.generic, _Tensor)):
         array = value.array if isinstance(value, _Tensor) else np.asarray(value)
         digest = hashlib.blake2b(array.tobytes()).digest()
@@ -207,6 +238,15 @@ def show(value: Any) -> str:
         if array.size <= 8:
             return f"{kind}({array.tolist()}, {array.dtype.name})"
         return f"<{kind} {array.dtype.name} {array.shape}>"
+    if isinstance(value, keras.Variable):
+        trainable = "trainable " if value.trainable else ""
+        return f"<{trainable}variable {value.name!r}>"
+    if isinstance(value, keras.KerasTensor):
+        return f"<symbolic tensor {value.name!r} {value.shape}>"
+    if isinstance(value, Saved):
+        return value.shown
+    if is_live(value):
+        return f"<{type(value).__name__}>"
     return repr(value)
 
 
@@ -238,6 +278,8 @@ def encode(value: Any, where: str) -> Any:
         return _encode_array("scalar", np.asarray(value))
     if isinstance(value, _Tensor):
         return _encode_array("tensor", value.array)
+    if isinstance(value, Saved):
+        return {"kind": "live", "id": value.id, "shown": value.shown}
     return _encode_object(value, where)
 
 
@@ -257,7 +299,9 @@ def _encode_object(value: Any, where: str) -> dict[str, Any]:
         try:
             config = json.loads(json.dumps(keras.saving.serialize_keras_object(value)))
             back = keras.saving.deserialize_keras_object(config)
-            if type(back) is type(value) and back == value:
+            # A loss with live arguments finds their values by itself, and only in its model.
+            holds_live = bool(getattr(value, "holds_live", False))
+            if type(back) is type(value) and (holds_live or back == value):
                 return {"kind": "keras", "object": config}
             reason = f"it came back as {back!r}, which is not equal to it"
         except SavingError:
@@ -298,6 +342,8 @@ def decode(config: Any) -> Any:
                 return _decode_array(config)[()]
             case "tensor":
                 return _Tensor(_decode_array(config))
+            case "live":
+                return Saved(str(config["id"]), str(config["shown"]))
             case "keras":
                 return keras.saving.deserialize_keras_object(config["object"])
             case kind:

@@ -1,0 +1,348 @@
+"""`LossArgs`: the layer that keeps live arguments and hands them to the loss in each step."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import keras
+
+from lossargs._adapters import Adapter, adapter_of
+from lossargs._bound import SAMPLE_WEIGHT, BoundLoss
+from lossargs._carried import Step, carry
+from lossargs._errors import ArgumentError, listed, nearest
+from lossargs._keras import (
+    flat_layers,
+    in_symbolic_scope,
+    model_in_use,
+    unscale_loss_for_distribution,
+    variables_can_be_assigned,
+)
+from lossargs._values import identity, is_live, rebuilt
+
+
+class LiveValue(keras.Metric):
+    """A live argument in the logs: its value in the last step."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name)
+        self.last = self.add_variable(
+            shape=(), initializer="zeros", name="last", aggregation="only_first_replica"
+        )
+
+    def update_state(self, value: Any) -> None:
+        self.last.assign(keras.ops.cast(keras.ops.stop_gradient(value), self.last.dtype))
+
+    def result(self) -> Any:
+        return keras.ops.copy(self.last)  # on torch the value itself would change later
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """Stands in an argument for a live value: the place of its adapter."""
+
+    index: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A live argument of one of the losses of a layer.
+
+    Attributes:
+        loss: The loss.
+        name: The argument.
+        label: The argument, and where the value stands in it.
+        adapter: What keeps the value.
+        metric: What logs it, if it is a scalar.
+    """
+
+    loss: BoundLoss
+    name: str
+    label: str
+    adapter: Adapter
+    metric: LiveValue | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What Keras should not track, nor wrap, as attributes of the layer."""
+
+    losses: tuple[tuple[BoundLoss, dict[str, Any]], ...]  # with arguments of slots
+    tracked: tuple[tuple[BoundLoss, keras.Metric], ...]
+    entries: tuple[Entry, ...]
+
+
+@keras.saving.register_keras_serializable(package="lossargs")
+class LossArgs(keras.Layer):
+    """Keeps the live arguments of a loss, and hands them to it with the predictions.
+
+    `attach` puts this layer into a Functional or Sequential model. In a subclassed model, call it
+    in `call`, on the output that goes to the loss, and return what it gives, as it is:
+
+        def call(self, x):
+            z_mean, z_log_var = self.encoder(x)
+            ...
+            return self.loss_args(x_hat, z_mean=z_mean, z_log_var=z_log_var)
+
+    Args:
+        loss: The loss, made by a factory of `with_args`, and given to `compile` as well.
+        track: Further bound losses, evaluated in the same step and logged under their names.
+        **kwargs: Those of `keras.layers.Layer`: `name`, for example.
+
+    Raises:
+        ArgumentError: One of the losses is none that a factory made, or two of them have one name.
+
+    Example:
+        >>> import keras
+        >>> from lossargs import LossArgs, with_args
+        >>> @with_args
+        ... def sparse_error(y_true, y_pred, *, code, weight):
+        ...     error = keras.losses.mean_squared_error(y_true, y_pred)
+        ...     return error + weight * keras.ops.mean(keras.ops.abs(code), axis=-1)
+        >>> class AutoEncoder(keras.Model):
+        ...     def __init__(self, loss):
+        ...         super().__init__()
+        ...         self.encoder, self.decoder = keras.layers.Dense(2), keras.layers.Dense(3)
+        ...         self.loss_args = LossArgs(loss)
+        ...
+        ...     def call(self, x):
+        ...         code = self.encoder(x)
+        ...         return self.loss_args(self.decoder(code), code=code)
+        >>> weight = keras.Variable(0.1, trainable=False, name="weight")
+        >>> loss = sparse_error(weight=weight)
+        >>> model = AutoEncoder(loss)
+        >>> model.compile("adam", loss=loss)
+    """
+
+    def __init__(self, loss: BoundLoss, *, track: Iterable[BoundLoss] = (), **kwargs: Any) -> None:
+        kept: Mapping[str, Adapter] = kwargs.pop("kept", {})  # of a saved layer
+        # No mixed policy, and nothing is cast: what goes through this layer stays as it is.
+        super().__init__(**{**kwargs, "dtype": keras.config.floatx(), "autocast": False})
+        self.supports_masking = True
+        self.built = True
+        track = tuple(track)
+        for one in (loss, *track):
+            check_is_bound(one)
+        check_names(["loss", *(one.name for one in track)], "track=[...]")
+        losses = dict.fromkeys(
+            inner for one in (loss, *track) for inner in (one, *one.inner_losses())
+        )
+        adapters: dict[Any, Adapter] = {}
+        for one in losses:
+            for _, _, leaf in one.live_leaves():
+                live = identity(leaf)
+                if live not in adapters:
+                    saved = one.saved_leaf(leaf)
+                    adapters[live] = kept[saved.id] if saved.id in kept else adapter_of(leaf)
+        self.adapters = list(dict.fromkeys(adapters.values()))
+        place = {adapter: index for index, adapter in enumerate(self.adapters)}
+
+        def slot(leaf: Any) -> Any:
+            return _Slot(place[adapters[identity(leaf)]]) if is_live(leaf) else leaf
+
+        entries = []
+        metrics: dict[tuple[str, Adapter], LiveValue] = {}
+        for one in losses:
+            for name, label, leaf in one.live_leaves():
+                adapter = adapters[identity(leaf)]
+                if adapter.shape == () and (label, adapter) not in metrics:
+                    metrics[label, adapter] = LiveValue(label)
+                entries.append(Entry(one, name, label, adapter, metrics.get((label, adapter))))
+        self._plan = _Plan(
+            losses=tuple((one, one.live_args(slot)) for one in losses),
+            tracked=tuple((one, keras.metrics.Mean(name=one.name)) for one in track),
+            entries=tuple(entries),
+        )
+        self.loss = loss
+        # For Keras to find them.
+        self.logged = [*metrics.values(), *(metric for _, metric in self._plan.tracked)]
+
+    @property
+    def entries(self) -> Sequence[Entry]:
+        """The live arguments of all the losses."""
+        return self._plan.entries
+
+    @property
+    def track(self) -> tuple[BoundLoss, ...]:
+        """The losses that are evaluated for the logs only."""
+        return tuple(loss for loss, _ in self._plan.tracked)
+
+    @property
+    def tensors(self) -> list[Any]:
+        """The symbolic tensors that the adapters read; `None` where there is none."""
+        return [adapter.tensor for adapter in self.adapters if adapter.reads_tensor]
+
+    def call(
+        self, y_pred: Any, tensors: Sequence[Any] = (), training: bool | None = None, **given: Any
+    ) -> Any:
+        """The predictions, as they are, carrying what the loss needs.
+
+        Args:
+            y_pred: The predictions, a tensor.
+            tensors: The values of the symbolic tensors among the arguments; `attach` gives them.
+            training: Whether this is a step of training; schedules move on then.
+            **given: Further arguments of the losses, tensors by name.
+
+        Raises:
+            ArgumentError: A name that no loss takes, or a symbolic tensor without a value.
+        """
+        self._settle_names()
+        self._check(tensors, given)
+        inputs = iter(tensors)
+        by_name = {entry.label: entry.adapter for entry in self.entries}
+        sources = {by_name[name]: value for name, value in given.items() if name in by_name}
+        values = []
+        for adapter in self.adapters:
+            tensor = next(inputs, None) if adapter.reads_tensor else None
+            values.append(adapter.value(sources.get(adapter, tensor), bool(training)))
+
+        def filled(leaf: Any) -> Any:
+            return values[leaf.index] if isinstance(leaf, _Slot) else leaf
+
+        steps = {}
+        for loss, slots in self._plan.losses:
+            args = {name: rebuilt(value, filled) for name, value in slots.items()}
+            args |= {n: v for n, v in given.items() if n not in by_name and loss.takes(n)}
+            report = functools.partial(self._report, values) if loss is self.loss else None
+            steps[loss] = Step(args, report)
+        carry(y_pred, steps)
+        return y_pred
+
+    def compute_output_spec(
+        self, y_pred: Any, tensors: Sequence[Any] = (), training: Any = None, **given: Any
+    ) -> Any:
+        """Shape and dtype of the predictions."""
+        del training
+        self._settle_names()
+        self._check(tensors, given)
+        return keras.KerasTensor(y_pred.shape, y_pred.dtype, sparse=y_pred.sparse)
+
+    def _check(self, tensors: Sequence[Any], given: Mapping[str, Any]) -> None:
+        losses = [loss for loss, _ in self._plan.losses]
+        for name in given:
+            if not any(loss.takes(name) for loss in losses):
+                raise ArgumentError(
+                    f"LossArgs({self.loss!r}) was called with {name!r}, which none of its losses "
+                    f"takes.{nearest(name, self._parameters())}"
+                )
+        for entry in self.entries:
+            if not entry.adapter.reads_tensor and entry.name in given:
+                raise ArgumentError(
+                    f"{entry.label!r} of {entry.loss!r} was given twice: bound, and in the call of "
+                    "LossArgs. Leave it out of one of them."
+                )
+        if not tensors and (open_ := [e.name for e in self._open() if e.name not in given]):
+            raise ArgumentError(
+                f"{listed(open_)} of {self.loss!r} is a symbolic tensor, or reads one, and this "
+                "call of LossArgs gives none. Let attach(y_pred, loss) connect it; in a subclassed "
+                f"model leave it unbound and give it in the call: "
+                f"self.loss_args(y_pred, {open_[0]}=...)."
+            )
+
+    def _open(self) -> Iterator[Entry]:
+        return (entry for entry in self.entries if entry.adapter.reads_tensor)
+
+    def _parameters(self) -> set[str]:
+        return {name for loss, _ in self._plan.losses for name in loss.parameters}
+
+    def _report(self, values: Sequence[Any], y_true: Any, y_pred: Any, sample_weight: Any) -> None:
+        """Log the live scalars and the tracked losses of a step; called by the loss."""
+        if not variables_can_be_assigned():
+            return
+        place = {adapter: index for index, adapter in enumerate(self.adapters)}
+        for metric, adapter in {entry.metric: entry.adapter for entry in self.entries}.items():
+            if metric is not None:
+                metric.update_state(values[place[adapter]])
+        for loss, metric in self._plan.tracked:
+            batch = sample_weight
+            if isinstance(batch, Mapping):
+                batch = {k: v for k, v in batch.items() if k == SAMPLE_WEIGHT or loss.takes(k)}
+            value = unscale_loss_for_distribution(loss(y_true, y_pred, batch))
+            shape: Any = keras.ops.shape(y_pred)  # weighted by batch size, as Keras does its own
+            metric.update_state(keras.ops.stop_gradient(value), sample_weight=shape[0])
+
+    def _settle_names(self) -> None:
+        """Name the live values in the logs, once the model is known that they are logged by."""
+        if in_symbolic_scope() or keras.backend.backend() == "tensorflow":
+            model = model_in_use()
+            if model is not None:
+                settle_names(layers_of(model))
+
+    def get_config(self) -> dict[str, Any]:
+        live = {}
+        for loss, _ in self._plan.losses:
+            for _, label, leaf in loss.live_leaves():
+                entry = next(e for e in self.entries if e.loss is loss and e.label == label)
+                live[loss.saved_leaf(leaf).id] = self.adapters.index(entry.adapter)
+        config = super().get_config()
+        del config["dtype"]
+        # As objects: Keras sees then which of them several layers share.
+        return {
+            **config,
+            "loss": self.loss,
+            "track": list(self.track),
+            "adapters": list(self.adapters),
+            "live": live,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        config = dict(config)
+        load = keras.saving.deserialize_keras_object
+        again = keras.saving.serialize_keras_object
+        loss, *track = (load(again(one)) for one in (config.pop("loss"), *config.pop("track")))
+        adapters = [load(again(adapter)) for adapter in config.pop("adapters")]
+        kept = {live: adapters[index] for live, index in config.pop("live").items()}
+        return cls(loss, track=track, kept=kept, **config)
+
+
+def check_is_bound(loss: Any) -> None:
+    """Raise unless a factory made the loss."""
+    if not isinstance(loss, BoundLoss):
+        raise ArgumentError(
+            f"{loss!r} is not a loss with arguments. Make one: with_args(function)(...), for "
+            "example with_args(keras.losses.mean_squared_error)()."
+        )
+
+
+def check_names(names: Sequence[str], where: str) -> None:
+    """Raise if two things would be logged under one name."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ArgumentError(
+                f"{where}: {name!r} would stand for {names.count(name)} different things in the "
+                "logs. Give the losses names of their own: factory.options(name=...)(...)."
+            )
+
+
+def layers_of(model: keras.Layer) -> list[LossArgs]:
+    """The `LossArgs` layers of a model."""
+    return [layer for layer in flat_layers(model) if isinstance(layer, LossArgs)]
+
+
+def names_of(layers: Iterable[LossArgs]) -> list[tuple[str, Entry]]:
+    """The live arguments of several layers with their names in the logs.
+
+    A name that stands for different values gets the name of its loss in front.
+
+    Raises:
+        ArgumentError: Two would still have one name.
+    """
+    entries = [entry for layer in layers for entry in layer.entries]
+    adapters: dict[str, set[Adapter]] = {}
+    for entry in entries:
+        adapters.setdefault(entry.label, set()).add(entry.adapter)
+    named = [
+        (e.label if len(adapters[e.label]) == 1 else f"{e.loss.name}_{e.label}", e) for e in entries
+    ]
+    distinct = dict.fromkeys((name, entry.adapter) for name, entry in named)
+    tracked = [loss.name for layer in layers for loss in layer.track]
+    check_names(["loss", *(name for name, _ in distinct), *tracked], "Live arguments")
+    return named
+
+
+def settle_names(layers: Iterable[LossArgs]) -> None:
+    """Let the live arguments of several layers of one model be logged under different names."""
+    for name, entry in names_of(layers):
+        if entry.metric is not None:
+            entry.metric.name = name
