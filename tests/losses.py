@@ -82,3 +82,23 @@ def compiled(y_true, y_pred, shift):
 
 
 focal = with_args(keras.losses.categorical_focal_crossentropy)
+
+
+@with_args
+def kl_term(y_true, y_pred, *, z_mean, z_log_var):
+    """Of a normal distribution to the standard one, for each sample."""
+    terms = 1 + z_log_var - ops.square(z_mean) - ops.exp(z_log_var)
+    return -0.5 * ops.sum(terms, axis=-1)
+
+
+@with_args
+def vae_loss(y_true, y_pred, *, z_mean, z_log_var, beta=1.0):
+    error = ops.sum(ops.square(y_true - y_pred), axis=-1)
+    return error + beta * kl_term.__wrapped__(y_true, y_pred, z_mean=z_mean, z_log_var=z_log_var)
+
+
+@with_args
+def gaussian(y_true, y_pred, *, log_var):
+    """Kendall, Gal and Cipolla (2018), equation 7, with the logarithm of the variance."""
+    error = ops.mean(ops.square(y_true - y_pred), axis=-1)
+    return 0.5 * (ops.exp(-log_var) * error + log_var)

@@ -4,6 +4,7 @@ from lossargs._adapters import Adapter
 from lossargs._attach import attach, detach, live_args
 from lossargs._errors import (
     ArgumentError,
+    AttachError,
     BatchError,
     ImmutableError,
     LossArgsError,
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "ArgumentError",
+    "AttachError",
     "BatchError",
     "ImmutableError",
     "LossArgs",

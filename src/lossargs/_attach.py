@@ -6,7 +6,7 @@ from typing import Any, TypeVar, cast
 import keras
 
 from lossargs._bound import BoundLoss
-from lossargs._errors import ArgumentError, listed, nearest
+from lossargs._errors import AttachError, listed, nearest
 from lossargs._keras import (
     Functional,
     inputs_above,
@@ -53,7 +53,7 @@ def attach(target: Target, loss: Any, *, track: Any = ()) -> Target:
         becomes a Functional one if the loss reads tensors. An earlier `attach` is replaced.
 
     Raises:
-        ArgumentError: The loss was not made by a factory, an argument is a tensor of another
+        AttachError: The loss was not made by a factory, an argument is a tensor of another
             model, two things would be logged under one name, or the model is of a class that
             cannot be made of inputs and outputs.
 
@@ -74,7 +74,7 @@ def attach(target: Target, loss: Any, *, track: Any = ()) -> Target:
     elif isinstance(target, Functional):
         attached = _attach_functional(target, loss, track)
     elif isinstance(target, keras.Model):
-        raise ArgumentError(
+        raise AttachError(
             f"attach() cannot put a layer behind {_described(target)}, whose outputs are what its "
             "`call` returns. Make a layer in its __init__, self.loss_args = LossArgs(loss), and "
             "return self.loss_args(y_pred) in its `call`, with tensors by name: "
@@ -96,7 +96,7 @@ def detach(model: keras.Model) -> keras.Model:
         A model of the same layers, not compiled; the same model if nothing is attached.
 
     Raises:
-        ArgumentError: The layer cannot be taken out of a model of this class, or it is in a model
+        AttachError: The layer cannot be taken out of a model of this class, or it is in a model
             that is a layer of this one.
 
     Example:
@@ -113,7 +113,7 @@ def detach(model: keras.Model) -> keras.Model:
     if isinstance(model, keras.Sequential):
         return _sequential(model, [y for y in model.layers if not isinstance(y, LossArgs)])
     if not isinstance(model, Functional):
-        raise ArgumentError(
+        raise AttachError(
             f"detach() cannot take the layer out of {_described(model)}, whose outputs are what "
             "its `call` returns. LossArgs leaves predictions as they are: `predict` and `export` "
             "work with it."
@@ -130,7 +130,7 @@ def detach(model: keras.Model) -> keras.Model:
     detached = _functional(model, inputs, outputs)
     if layers_of(detached):
         inner = [layer.name for layer in detached.layers if layers_of(layer)]
-        raise ArgumentError(
+        raise AttachError(
             f"The layers {listed(inner)} of {model.name!r} are attached models themselves. Detach "
             "them before they become layers of another model."
         )
@@ -169,7 +169,7 @@ def _before(output: keras.KerasTensor) -> keras.KerasTensor:
 
 def _attach_tensor(output: Any, loss: BoundLoss, track: Iterable[BoundLoss]) -> Any:
     if not isinstance(output, keras.KerasTensor):
-        raise ArgumentError(
+        raise AttachError(
             f"attach() takes a model, or the symbolic tensor that is its output, and was given "
             f"{output!r}."
         )
@@ -216,7 +216,7 @@ def _by_output(
     if isinstance(given, Mapping):
         for name in given:
             if name not in names:
-                raise ArgumentError(
+                raise AttachError(
                     f"attach({what}=...) names the output {name!r}, and there are {listed(names)}."
                     f"{nearest(name, names)}"
                 )
@@ -227,7 +227,7 @@ def _by_output(
         return all_of_them()
     nested = what == "loss" or all(isinstance(one, (list, tuple)) for one in given)
     if not nested or len(given) != len(names):
-        raise ArgumentError(
+        raise AttachError(
             f"attach({what}=...) was given {given!r} for the outputs {listed(names)}. Give a dict, "
             f"{{{names[0]!r}: ...}}, or a list with one entry for each."
         )
@@ -250,7 +250,7 @@ def _attach_functional(model: Any, loss: Any, track: Any) -> Any:
                 new[id(tensor)] = tensor
             foreign = [t.name for t in above.values() if id(t) not in known and t is not tensor]
             if foreign:
-                raise ArgumentError(
+                raise AttachError(
                     f"{entry.label!r} of {entry.loss!r} is a tensor of another graph: it is "
                     f"computed from the input {listed(foreign)}, which {model.name!r} does not "
                     "have. Take the tensor that a layer gave in this model: of a model used as a "
@@ -277,7 +277,7 @@ def _functional(model: Any, inputs: Any, outputs: Any) -> Any:
         )
         cls = AttachedModel if several and attached else keras.Model
     elif not keeps_constructor(model, Functional):
-        raise ArgumentError(
+        raise AttachError(
             f"{_described(model)} has an __init__ of its own, so that attach() and detach() cannot "
             "make another one of it. Build it with the layer in it: "
             "super().__init__(inputs, attach(y_pred, loss)); or, in a model with a `call`, "
@@ -294,7 +294,7 @@ def _attach_sequential(model: Any, loss: Any, track: Any) -> Any:
         names_of([layer])
         return _sequential(model, [*layers, layer])
     if type(model) is not keras.Sequential or not model.built:
-        raise ArgumentError(
+        raise AttachError(
             f"{loss!r} reads tensors, which makes {model.name!r} a Functional model. Make it one "
             "first, keras.Model(model.inputs, model.outputs), once it has a keras.Input."
         )
@@ -305,7 +305,7 @@ def _attach_sequential(model: Any, loss: Any, track: Any) -> Any:
 
 def _sequential(model: Any, layers: list[Any]) -> Any:
     if not keeps_constructor(model, keras.Sequential):
-        raise ArgumentError(
+        raise AttachError(
             f"{_described(model)} has an __init__ of its own, so that attach() and detach() cannot "
             "make another one of it. Add the layer yourself: model.add(LossArgs(loss))."
         )

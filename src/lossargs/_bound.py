@@ -11,7 +11,14 @@ import keras
 import numpy as np
 
 from lossargs._carried import Step, carried, move, value_of
-from lossargs._errors import ArgumentError, BatchError, ImmutableError, SavingError, listed
+from lossargs._errors import (
+    ArgumentError,
+    AttachError,
+    BatchError,
+    ImmutableError,
+    SavingError,
+    listed,
+)
 from lossargs._function import LossFunction, registered
 from lossargs._keras import (
     FunctionLoss,
@@ -215,7 +222,7 @@ class BoundLoss(keras.losses.Loss):
         symbolic = in_symbolic_scope()
         live = {} if not self._saved else dict.fromkeys(name for name, _, _ in self.live_leaves())
         if live and (symbolic or keras.backend.backend() == "tensorflow") and in_metrics():
-            raise ArgumentError(
+            raise AttachError(
                 f"{self!r} has live arguments ({listed(live)}), and was given to compile as a "
                 "metric. Metrics are computed outside the step of the model, where these have no "
                 "value. Let the model track it: attach(..., loss, track=[this one])."
@@ -240,23 +247,23 @@ class BoundLoss(keras.losses.Loss):
             )
         return args
 
-    def _not_attached(self, names: Collection[str], others: Collection[Any]) -> ArgumentError:
+    def _not_attached(self, names: Collection[str], others: Collection[Any]) -> AttachError:
         """What is wrong if live arguments have no value."""
         what = f"{self!r} has live arguments ({listed(names)}), which have a value only in a step "
         same = [loss for loss in others if loss._function is self._function]
         if same:
-            return ArgumentError(
+            return AttachError(
                 f"{what}of a model they are attached to, and this model was attached to another "
                 f"loss of the same function, {same[0]!r}. Bind once, and give that one loss to "
                 "attach and to compile; of a model that was loaded or cloned, it is "
                 "model.loss or the `loss` of its LossArgs layer."
             )
         if others:
-            return ArgumentError(
+            return AttachError(
                 f"{what}of a model they are attached to. This model was attached to another loss, "
                 f"{next(iter(others))!r}. Attach it to this one: model = attach(model, loss)."
             )
-        return ArgumentError(
+        return AttachError(
             f"{what}of a model they are attached to, and these predictions come from none, or not "
             "directly. Write model = attach(model, loss), or attach the tensor that is the output, "
             "keras.Model(x, attach(y_pred, loss)), before compile; in a subclassed model, return "

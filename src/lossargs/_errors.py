@@ -16,6 +16,10 @@ class ArgumentError(LossArgsError, TypeError):
     """An argument is missing, unknown, given twice, or of a kind that cannot work."""
 
 
+class AttachError(LossArgsError, ValueError):
+    """A live argument has no value in a step, or cannot get one from this model."""
+
+
 class BatchError(LossArgsError, ValueError):
     """What came with the batch would be used wrongly, or not at all."""
 

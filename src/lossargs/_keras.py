@@ -37,6 +37,7 @@ __all__ = [
     "in_symbolic_scope",
     "inputs_above",
     "keeps_constructor",
+    "metric_names",
     "model_in_use",
     "origin",
     "unscale_loss_for_distribution",
@@ -74,6 +75,17 @@ def model_in_use() -> Any:
         if isinstance(model, keras.Model):
             return model
     return None
+
+
+def metric_names(model: keras.Model) -> set[str]:
+    """The names in the logs of the loss and of the metrics given to `compile`."""
+    compiled = getattr(model, "_compile_metrics", None)
+    given = [
+        getattr(compiled, "_user_metrics", None),
+        getattr(compiled, "_user_weighted_metrics", None),
+    ]
+    metrics = [metric for metric in keras.tree.flatten(given) if metric is not None]
+    return {"loss", *(m if isinstance(m, str) else get_object_name(m) for m in metrics)}
 
 
 def in_metrics() -> bool:

@@ -10,10 +10,11 @@ import keras
 from lossargs._adapters import Adapter, adapter_of
 from lossargs._bound import SAMPLE_WEIGHT, BoundLoss
 from lossargs._carried import Step, carry
-from lossargs._errors import ArgumentError, listed, nearest
+from lossargs._errors import AttachError, listed, nearest
 from lossargs._keras import (
     flat_layers,
     in_symbolic_scope,
+    metric_names,
     model_in_use,
     unscale_loss_for_distribution,
     variables_can_be_assigned,
@@ -68,6 +69,7 @@ class _Plan:
     """What Keras should not track, nor wrap, as attributes of the layer."""
 
     losses: tuple[tuple[BoundLoss, dict[str, Any]], ...]  # with arguments of slots
+    logged: tuple[tuple[LiveValue, int], ...]  # with the place of the adapter
     tracked: tuple[tuple[BoundLoss, keras.Metric], ...]
     entries: tuple[Entry, ...]
 
@@ -90,7 +92,7 @@ class LossArgs(keras.Layer):
         **kwargs: Those of `keras.layers.Layer`: `name`, for example.
 
     Raises:
-        ArgumentError: One of the losses is none that a factory made, or two of them have one name.
+        AttachError: One of the losses is none that a factory made, or two of them have one name.
 
     Example:
         >>> import keras
@@ -150,6 +152,7 @@ class LossArgs(keras.Layer):
                 entries.append(Entry(one, name, label, adapter, metrics.get((label, adapter))))
         self._plan = _Plan(
             losses=tuple((one, one.live_args(slot)) for one in losses),
+            logged=tuple((metric, place[adapter]) for (_, adapter), metric in metrics.items()),
             tracked=tuple((one, keras.metrics.Mean(name=one.name)) for one in track),
             entries=tuple(entries),
         )
@@ -184,7 +187,7 @@ class LossArgs(keras.Layer):
             **given: Further arguments of the losses, tensors by name.
 
         Raises:
-            ArgumentError: A name that no loss takes, or a symbolic tensor without a value.
+            AttachError: A name that no loss takes, or a symbolic tensor without a value.
         """
         self._settle_names()
         self._check(tensors, given)
@@ -199,12 +202,13 @@ class LossArgs(keras.Layer):
         def filled(leaf: Any) -> Any:
             return values[leaf.index] if isinstance(leaf, _Slot) else leaf
 
+        # Only what is logged: the predictions may be among the values, and carry this.
+        report = functools.partial(self._report, [values[i] for _, i in self._plan.logged])
         steps = {}
         for loss, slots in self._plan.losses:
             args = {name: rebuilt(value, filled) for name, value in slots.items()}
             args |= {n: v for n, v in given.items() if n not in by_name and loss.takes(n)}
-            report = functools.partial(self._report, values) if loss is self.loss else None
-            steps[loss] = Step(args, report)
+            steps[loss] = Step(args, report if loss is self.loss else None)
         carry(y_pred, steps)
         return y_pred
 
@@ -221,18 +225,18 @@ class LossArgs(keras.Layer):
         losses = [loss for loss, _ in self._plan.losses]
         for name in given:
             if not any(loss.takes(name) for loss in losses):
-                raise ArgumentError(
+                raise AttachError(
                     f"LossArgs({self.loss!r}) was called with {name!r}, which none of its losses "
-                    f"takes.{nearest(name, self._parameters())}"
+                    f"takes.{nearest(name, self._known_names())}"
                 )
         for entry in self.entries:
             if not entry.adapter.reads_tensor and entry.name in given:
-                raise ArgumentError(
+                raise AttachError(
                     f"{entry.label!r} of {entry.loss!r} was given twice: bound, and in the call of "
                     "LossArgs. Leave it out of one of them."
                 )
         if not tensors and (open_ := [e.name for e in self._open() if e.name not in given]):
-            raise ArgumentError(
+            raise AttachError(
                 f"{listed(open_)} of {self.loss!r} is a symbolic tensor, or reads one, and this "
                 "call of LossArgs gives none. Let attach(y_pred, loss) connect it; in a subclassed "
                 f"model leave it unbound and give it in the call: "
@@ -242,17 +246,15 @@ class LossArgs(keras.Layer):
     def _open(self) -> Iterator[Entry]:
         return (entry for entry in self.entries if entry.adapter.reads_tensor)
 
-    def _parameters(self) -> set[str]:
+    def _known_names(self) -> set[str]:
         return {name for loss, _ in self._plan.losses for name in loss.parameters}
 
-    def _report(self, values: Sequence[Any], y_true: Any, y_pred: Any, sample_weight: Any) -> None:
+    def _report(self, logged: Sequence[Any], y_true: Any, y_pred: Any, sample_weight: Any) -> None:
         """Log the live scalars and the tracked losses of a step; called by the loss."""
         if not variables_can_be_assigned():
             return
-        place = {adapter: index for index, adapter in enumerate(self.adapters)}
-        for metric, adapter in {entry.metric: entry.adapter for entry in self.entries}.items():
-            if metric is not None:
-                metric.update_state(values[place[adapter]])
+        for (metric, _), value in zip(self._plan.logged, logged, strict=True):
+            metric.update_state(value)
         for loss, metric in self._plan.tracked:
             batch = sample_weight
             if isinstance(batch, Mapping):
@@ -266,7 +268,7 @@ class LossArgs(keras.Layer):
         if in_symbolic_scope() or keras.backend.backend() == "tensorflow":
             model = model_in_use()
             if model is not None:
-                settle_names(layers_of(model))
+                settle_names(layers_of(model), metric_names(model))
 
     def get_config(self) -> dict[str, Any]:
         live = {}
@@ -299,7 +301,7 @@ class LossArgs(keras.Layer):
 def check_is_bound(loss: Any) -> None:
     """Raise unless a factory made the loss."""
     if not isinstance(loss, BoundLoss):
-        raise ArgumentError(
+        raise AttachError(
             f"{loss!r} is not a loss with arguments. Make one: with_args(function)(...), for "
             "example with_args(keras.losses.mean_squared_error)()."
         )
@@ -309,7 +311,7 @@ def check_names(names: Sequence[str], where: str) -> None:
     """Raise if two things would be logged under one name."""
     for name in names:
         if names.count(name) > 1:
-            raise ArgumentError(
+            raise AttachError(
                 f"{where}: {name!r} would stand for {names.count(name)} different things in the "
                 "logs. Give the losses names of their own: factory.options(name=...)(...)."
             )
@@ -320,13 +322,19 @@ def layers_of(model: keras.Layer) -> list[LossArgs]:
     return [layer for layer in flat_layers(model) if isinstance(layer, LossArgs)]
 
 
-def names_of(layers: Iterable[LossArgs]) -> list[tuple[str, Entry]]:
+def names_of(
+    layers: Iterable[LossArgs], others: Iterable[str] = ("loss",)
+) -> list[tuple[str, Entry]]:
     """The live arguments of several layers with their names in the logs.
 
     A name that stands for different values gets the name of its loss in front.
 
+    Args:
+        layers: The layers of one model.
+        others: Names that something else has in the logs.
+
     Raises:
-        ArgumentError: Two would still have one name.
+        AttachError: Two would still have one name.
     """
     entries = [entry for layer in layers for entry in layer.entries]
     adapters: dict[str, set[Adapter]] = {}
@@ -337,12 +345,12 @@ def names_of(layers: Iterable[LossArgs]) -> list[tuple[str, Entry]]:
     ]
     distinct = dict.fromkeys((name, entry.adapter) for name, entry in named)
     tracked = [loss.name for layer in layers for loss in layer.track]
-    check_names(["loss", *(name for name, _ in distinct), *tracked], "Live arguments")
+    check_names([*others, *(name for name, _ in distinct), *tracked], "Live arguments")
     return named
 
 
-def settle_names(layers: Iterable[LossArgs]) -> None:
+def settle_names(layers: Iterable[LossArgs], others: Iterable[str]) -> None:
     """Let the live arguments of several layers of one model be logged under different names."""
-    for name, entry in names_of(layers):
+    for name, entry in names_of(layers, others):
         if entry.metric is not None:
             entry.metric.name = name
