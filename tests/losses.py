@@ -102,3 +102,8 @@ def gaussian(y_true, y_pred, *, log_var):
     """Kendall, Gal and Cipolla (2018), equation 7, with the logarithm of the variance."""
     error = ops.mean(ops.square(y_true - y_pred), axis=-1)
     return 0.5 * (ops.exp(-log_var) * error + log_var)
+
+
+@with_args
+def both(y_true, y_pred, *, first, second, factor):
+    return first(y_true, y_pred) + factor * second(y_true, y_pred)

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from lossargs import attach
+from lossargs import LossArgs, attach
 from losses import kl_term, vae_loss
 
 SIZE, LATENT = 6, 2
@@ -25,14 +25,14 @@ def data(samples=40):
     return np.random.default_rng(0).normal(size=(samples, SIZE)).astype("float32")
 
 
-def tensors():
+def tensors(sampled=True):
     """Input, code and output of a small network, the same each time."""
     keras.utils.set_random_seed(0)
     x = keras.Input((SIZE,), name="x")
     hidden = keras.layers.Dense(8, activation="tanh", name="hidden")(x)
     z_mean = keras.layers.Dense(LATENT, name="z_mean")(hidden)
     z_log_var = keras.layers.Dense(LATENT, name="z_log_var")(hidden)
-    z = Sampling(name="z")(z_mean, z_log_var)
+    z = Sampling(name="z")(z_mean, z_log_var) if sampled else z_mean
     return x, z_mean, z_log_var, keras.layers.Dense(SIZE, name="x_hat")(z)
 
 
@@ -69,3 +69,24 @@ class ByHand(keras.Model):
         self.kl_metric.update_state(kl, sample_weight=ops.shape(y)[0])
         self.beta_metric.update_state(beta)
         return error + beta * kl
+
+
+@keras.saving.register_keras_serializable("vaes")
+class Subclassed(keras.Model):
+    """A model whose mask is made in its `call`."""
+
+    def __init__(self, loss, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = keras.layers.Dense(2)
+        self.loss_args = LossArgs(loss)
+
+    def call(self, x):
+        y = self.dense(x)
+        return self.loss_args(y, mask=y > 0)
+
+    def get_config(self):
+        return {**super().get_config(), "loss": self.loss_args.loss}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(keras.saving.deserialize_keras_object(config.pop("loss")), **config)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, Self
 import keras
 import numpy as np
 
-from lossargs._carried import Step, carried, move, value_of
+from lossargs._carried import Step, carried, carry
 from lossargs._errors import (
     ArgumentError,
     AttachError,
@@ -22,8 +22,10 @@ from lossargs._errors import (
 from lossargs._function import LossFunction, registered
 from lossargs._keras import (
     FunctionLoss,
+    flat_layers,
     in_metrics,
     in_symbolic_scope,
+    model_in_use,
     weighted_metrics_in_use,
 )
 from lossargs._values import (
@@ -216,7 +218,7 @@ class BoundLoss(keras.losses.Loss):
         """The arguments of one call, or `None` if there is nothing yet to take them from."""
         args = {**self._args, **batch}
         if step is not None:
-            args |= {name: value_of(step, name) for name in step.values}
+            args |= step.values
         if extra:
             args |= extra
         symbolic = in_symbolic_scope()
@@ -230,12 +232,15 @@ class BoundLoss(keras.losses.Loss):
         known = {*extra, *(step.values if step else ())}
         unresolved = [name for name in live if name not in known]
         missing = self._function.missing(args)
+        others: Collection[Any] = carried(y_pred)
         if symbolic and (missing or unresolved):
             # Keras computes the loss once before the first step, of stand-ins that did not come
-            # from the model and carry nothing. What is really missing shows in the first step.
-            return None
+            # from the model and carry nothing.
+            others = _attached_losses(model_in_use())
+            if self in others:
+                return None
         if unresolved:
-            raise self._not_attached(unresolved, carried(y_pred))
+            raise self._not_attached(unresolved, others)
         if missing:
             raise ArgumentError(
                 f"{self._function.name} needs a value for {listed(missing)}. Bind it, "
@@ -285,8 +290,8 @@ class BoundLoss(keras.losses.Loss):
         inner = any(True for _ in self.inner_losses())
 
         def fn(y_true: Any, y_pred: Any) -> Any:
-            if inner:  # these look at what their `y_pred` carries
-                move(source, y_pred)
+            if inner and y_pred is not source:  # these look at what their `y_pred` carries
+                y_pred = carry(y_pred, carried(source))
             values = function.fn(
                 y_true, y_pred, **{name: hand_on(v, self.dtype) for name, v in args.items()}
             )
@@ -426,6 +431,12 @@ class BoundLoss(keras.losses.Loss):
 
 def _unpickled(function: LossFunction, args: dict[str, Any], options: dict[str, Any]) -> BoundLoss:
     return BoundLoss.of(function, args, **options)
+
+
+def _attached_losses(model: Any) -> list[Any]:
+    """The losses that layers of a model hand values to."""
+    layers = [] if model is None else flat_layers(model)
+    return [loss for layer in layers for loss in getattr(layer, "bound_losses", ())]
 
 
 def _is_one_number(values: Any, sample_weight: Any) -> bool:

@@ -166,6 +166,11 @@ class LossArgs(keras.Layer):
         return self._plan.entries
 
     @property
+    def bound_losses(self) -> list[BoundLoss]:
+        """All the losses that get values from this layer."""
+        return [loss for loss, _ in self._plan.losses]
+
+    @property
     def track(self) -> tuple[BoundLoss, ...]:
         """The losses that are evaluated for the logs only."""
         return tuple(loss for loss, _ in self._plan.tracked)
@@ -175,20 +180,47 @@ class LossArgs(keras.Layer):
         """The symbolic tensors that the adapters read; `None` where there is none."""
         return [adapter.tensor for adapter in self.adapters if adapter.reads_tensor]
 
-    def call(
-        self, y_pred: Any, tensors: Sequence[Any] = (), training: bool | None = None, **given: Any
+    def __call__(
+        self,
+        y_pred: Any,
+        tensors: Sequence[Any] = (),
+        given: Mapping[str, Any] | None = None,
+        *,
+        training: bool | None = None,
+        **named: Any,
     ) -> Any:
         """The predictions, as they are, carrying what the loss needs.
 
         Args:
             y_pred: The predictions, a tensor.
             tensors: The values of the symbolic tensors among the arguments; `attach` gives them.
-            training: Whether this is a step of training; schedules move on then.
-            **given: Further arguments of the losses, tensors by name.
+            given: The same as `named`.
+            training: Whether this is a step of training; schedules move on then. By default what
+                the model is called with.
+            **named: Further arguments of the losses, tensors by name.
+
+        Returns:
+            `y_pred`.
 
         Raises:
             AttachError: A name that no loss takes, or a symbolic tensor without a value.
         """
+        # In one dict: by itself, `mask` would be a mask to Keras.
+        given = {**(given or {}), **named}
+        options: dict[str, Any] = {"given": given} if given else {}
+        if training is not None:
+            options["training"] = training
+        return super().__call__(y_pred, *([tensors] if tensors else []), **options)
+
+    def call(
+        self,
+        y_pred: Any,
+        tensors: Sequence[Any] = (),
+        given: Mapping[str, Any] | None = None,
+        training: bool | None = None,
+    ) -> Any:
+        """As `__call__`, with all arguments by name in `given`."""
+        given = given or {}
         self._settle_names()
         self._check(tensors, given)
         inputs = iter(tensors)
@@ -209,22 +241,24 @@ class LossArgs(keras.Layer):
             args = {name: rebuilt(value, filled) for name, value in slots.items()}
             args |= {n: v for n, v in given.items() if n not in by_name and loss.takes(n)}
             steps[loss] = Step(args, report if loss is self.loss else None)
-        carry(y_pred, steps)
-        return y_pred
+        return carry(y_pred, steps)
 
     def compute_output_spec(
-        self, y_pred: Any, tensors: Sequence[Any] = (), training: Any = None, **given: Any
+        self,
+        y_pred: Any,
+        tensors: Sequence[Any] = (),
+        given: Mapping[str, Any] | None = None,
+        training: bool | None = None,
     ) -> Any:
         """Shape and dtype of the predictions."""
         del training
         self._settle_names()
-        self._check(tensors, given)
+        self._check(tensors, given or {})
         return keras.KerasTensor(y_pred.shape, y_pred.dtype, sparse=y_pred.sparse)
 
     def _check(self, tensors: Sequence[Any], given: Mapping[str, Any]) -> None:
-        losses = [loss for loss, _ in self._plan.losses]
         for name in given:
-            if not any(loss.takes(name) for loss in losses):
+            if not any(loss.takes(name) for loss in self.bound_losses):
                 raise AttachError(
                     f"LossArgs({self.loss!r}) was called with {name!r}, which none of its losses "
                     f"takes.{nearest(name, self._known_names())}"
@@ -247,7 +281,7 @@ class LossArgs(keras.Layer):
         return (entry for entry in self.entries if entry.adapter.reads_tensor)
 
     def _known_names(self) -> set[str]:
-        return {name for loss, _ in self._plan.losses for name in loss.parameters}
+        return {name for loss in self.bound_losses for name in loss.parameters}
 
     def _report(self, logged: Sequence[Any], y_true: Any, y_pred: Any, sample_weight: Any) -> None:
         """Log the live scalars and the tracked losses of a step; called by the loss."""
@@ -272,7 +306,7 @@ class LossArgs(keras.Layer):
 
     def get_config(self) -> dict[str, Any]:
         live = {}
-        for loss, _ in self._plan.losses:
+        for loss in self.bound_losses:
             for _, label, leaf in loss.live_leaves():
                 entry = next(e for e in self.entries if e.loss is loss and e.label == label)
                 live[loss.saved_leaf(leaf).id] = self.adapters.index(entry.adapter)
