@@ -79,7 +79,9 @@ class Adapter(keras.Layer):
         Returns:
             A tensor, or a nested structure of tensors.
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} has to say in `value` what the loss gets."
+        )
 
     @classmethod
     def of(cls, value: Any) -> "Adapter":

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import keras
@@ -269,16 +269,17 @@ class LossArgs(keras.Layer):
                     f"{entry.label!r} of {entry.loss!r} was given twice: bound, and in the call of "
                     "LossArgs. Leave it out of one of them."
                 )
-        if not tensors and (open_ := [e.name for e in self._open() if e.name not in given]):
+        reading = [adapter for adapter in self.adapters if adapter.reads_tensor]
+        fed = {a for a, tensor in zip(reading, tensors, strict=bool(tensors)) if tensor is not None}
+        unfed = [e for e in self.entries if e.adapter.reads_tensor and e.adapter not in fed]
+        names = [entry.name for entry in unfed if entry.name not in given]
+        if names:
             raise AttachError(
-                f"{listed(open_)} of {self.loss!r} is a symbolic tensor, or reads one, and this "
+                f"{listed(names)} of {self.loss!r} is a symbolic tensor, or reads one, and this "
                 "call of LossArgs gives none. Let attach(y_pred, loss) connect it; in a subclassed "
                 f"model leave it unbound and give it in the call: "
-                f"self.loss_args(y_pred, {open_[0]}=...)."
+                f"self.loss_args(y_pred, {names[0]}=...)."
             )
-
-    def _open(self) -> Iterator[Entry]:
-        return (entry for entry in self.entries if entry.adapter.reads_tensor)
 
     def _known_names(self) -> set[str]:
         return {name for loss in self.bound_losses for name in loss.parameters}

@@ -1,0 +1,58 @@
+"""Kinds of arguments that are not lossargs' own."""
+
+import keras
+from keras import ops
+
+from lossargs import Adapter
+
+
+@keras.saving.register_keras_serializable("kinds")
+class MovingAverage(Adapter):
+    """The exponential moving average of a tensor's mean."""
+
+    reads_tensor, shape = True, ()
+
+    def __init__(self, tensor=None, decay=0.9, **kwargs):
+        super().__init__(tensor, **kwargs)
+        self.decay = decay
+        self.average = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+    def value(self, tensor, training):
+        average = self.decay * self.average + (1 - self.decay) * ops.mean(tensor)
+        if training:
+            self.average.assign(average)
+        return average
+
+    def get_config(self):
+        return {**super().get_config(), "decay": self.decay}
+
+
+class Countdown:
+    """A number that gets smaller by one in each step of training."""
+
+    def __init__(self, start):
+        self.start = start
+
+
+@keras.saving.register_keras_serializable("kinds")
+class CountdownAdapter(Adapter):
+    adapts, shape = Countdown, ()
+
+    def __init__(self, countdown, **kwargs):
+        super().__init__(**kwargs)
+        self.left = self.add_weight(
+            shape=(), initializer=keras.initializers.Constant(countdown.start), trainable=False
+        )
+
+    def value(self, tensor, training):
+        left = self.left + 0
+        if training:
+            self.left.assign(ops.maximum(left - 1, 0))
+        return left
+
+    def get_config(self):
+        return super().get_config()  # the start does not matter any more
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(Countdown(0), **config)
