@@ -11,7 +11,7 @@ import pytest
 import losses
 import vaes
 from helpers import TESTS, linear_model, run_python
-from lossargs import LossArgs, attach, live_args
+from lossargs import LossArgs, SavingError, attach, live_args
 
 pytestmark = pytest.mark.fit
 
@@ -228,6 +228,17 @@ def test_backup_and_restore(tmp_path):
     for name in ("beta", "loss", "kl_term"):
         assert history[name] == pytest.approx(expected[name][2:], rel=1e-5), name
     assert_same(model, straight)
+
+
+def test_weight_of_a_layer_as_an_argument(tmp_path, data):
+    network = linear_model()
+    loss = losses.described(what=network.layers[0].kernel)
+    model = attach(network, loss)
+    model.compile("sgd", loss=loss)
+    model.fit(data.x, data.y, verbose=0)
+    with pytest.raises(SavingError, match="'what' of .* is a weight of the layer 'dense"):
+        model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
 
 
 def test_saved_while_a_variable_is_nan(tmp_path):

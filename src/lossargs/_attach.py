@@ -9,7 +9,7 @@ from lossargs._bound import BoundLoss
 from lossargs._errors import AttachError, listed, nearest
 from lossargs._keras import (
     Functional,
-    inputs_above,
+    above,
     keeps_constructor,
     origin,
 )
@@ -120,7 +120,7 @@ def detach(model: keras.Model) -> keras.Model:
         )
     inputs, outputs = model.input, model.output
     outputs = keras.tree.map_structure(_before, outputs)
-    used = inputs_above(keras.tree.flatten(outputs))
+    used, _ = above(keras.tree.flatten(outputs))
     if isinstance(inputs, dict):
         inputs = {name: tensor for name, tensor in inputs.items() if id(tensor) in used}
     elif isinstance(inputs, (list, tuple)):
@@ -163,8 +163,8 @@ def live_args(model: keras.Model) -> dict[str, keras.Variable]:
 
 def _before(output: keras.KerasTensor) -> keras.KerasTensor:
     """The tensor that an output was before a loss was attached to it."""
-    operation, above = origin(output)
-    return _before(above[0]) if isinstance(operation, LossArgs) else output
+    operation, given = origin(output)
+    return _before(given[0]) if isinstance(operation, LossArgs) else output
 
 
 def _attach_tensor(output: Any, loss: BoundLoss, track: Iterable[BoundLoss]) -> Any:
@@ -178,6 +178,8 @@ def _attach_tensor(output: Any, loss: BoundLoss, track: Iterable[BoundLoss]) -> 
     layer = LossArgs(loss, track=track)
     tensors = layer.tensors
     output = _before(output)
+    _, layers = above([output, *(t for t in tensors if t is not None)])
+    layer.note_weights_of(layers)
     return (layer(output, tensors) if tensors else layer(output)), layer
 
 
@@ -245,10 +247,10 @@ def _attach_functional(model: Any, loss: Any, track: Any) -> Any:
             tensor = entry.adapter.tensor
             if not isinstance(tensor, keras.KerasTensor):
                 continue
-            above = inputs_above([tensor])
-            if id(tensor) in above:
+            sources, _ = above([tensor])
+            if id(tensor) in sources:
                 new[id(tensor)] = tensor
-            foreign = [t.name for t in above.values() if id(t) not in known and t is not tensor]
+            foreign = [t.name for t in sources.values() if id(t) not in known and t is not tensor]
             if foreign:
                 raise AttachError(
                     f"{entry.label!r} of {entry.loss!r} is a tensor of another graph: it is "

@@ -31,15 +31,16 @@ from keras.src.utils.naming import get_object_name
 __all__ = [
     "FunctionLoss",
     "Functional",
+    "above",
     "flat_layers",
     "get_object_name",
     "in_metrics",
     "in_symbolic_scope",
-    "inputs_above",
     "keeps_constructor",
     "metric_names",
     "model_in_use",
     "origin",
+    "own_variables",
     "unscale_loss_for_distribution",
     "variables_can_be_assigned",
     "weighted_metrics_in_use",
@@ -119,17 +120,27 @@ def origin(tensor: keras.KerasTensor) -> tuple[Any, list[keras.KerasTensor]]:
     return operation, operation._inbound_nodes[node].input_tensors
 
 
-def inputs_above(tensors: list[keras.KerasTensor]) -> dict[int, keras.KerasTensor]:
-    """The inputs that symbolic tensors are computed from, by `id`."""
+def above(
+    tensors: list[keras.KerasTensor],
+) -> tuple[dict[int, keras.KerasTensor], list[keras.Layer]]:
+    """What symbolic tensors are computed from: inputs, by `id`, and all layers at any depth."""
     inputs: dict[int, keras.KerasTensor] = {}
+    layers: list[keras.Layer] = []
     seen: set[int] = set()
     pending = list(tensors)
     while pending:
         tensor = pending.pop()
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            _, above = origin(tensor)
-            pending += above
-            if not above:
+            operation, given = origin(tensor)
+            pending += given
+            if not given:
                 inputs[id(tensor)] = tensor
-    return inputs
+            if isinstance(operation, keras.Layer):
+                layers += flat_layers(operation)
+    return inputs, layers
+
+
+def own_variables(layer: keras.Layer) -> list[keras.Variable]:
+    """The weights that a layer keeps itself, without those of its layers."""
+    return [*layer._trainable_variables, *layer._non_trainable_variables]

@@ -10,12 +10,13 @@ import keras
 from lossargs._adapters import Adapter, adapter_of
 from lossargs._bound import SAMPLE_WEIGHT, BoundLoss
 from lossargs._carried import Step, carry
-from lossargs._errors import AttachError, listed, nearest
+from lossargs._errors import AttachError, SavingError, listed, nearest
 from lossargs._keras import (
     flat_layers,
     in_symbolic_scope,
     metric_names,
     model_in_use,
+    own_variables,
     unscale_loss_for_distribution,
     variables_can_be_assigned,
 )
@@ -156,6 +157,7 @@ class LossArgs(keras.Layer):
             tracked=tuple((one, keras.metrics.Mean(name=one.name)) for one in track),
             entries=tuple(entries),
         )
+        self._borrowed: dict[str, str] = {}
         self.loss = loss
         # For Keras to find them.
         self.logged = [*metrics.values(), *(metric for _, metric in self._plan.tracked)]
@@ -304,8 +306,31 @@ class LossArgs(keras.Layer):
             model = model_in_use()
             if model is not None:
                 settle_names(layers_of(model), metric_names(model))
+                self.note_weights_of(flat_layers(model))
+
+    def note_weights_of(self, layers: Iterable[keras.Layer]) -> None:
+        """Remember which of the variables are weights of other layers of the model."""
+        owners = {
+            id(variable): layer.name
+            for layer in layers
+            if not isinstance(layer, Adapter)
+            for variable in own_variables(layer)
+        }
+        borrowed = {e.label: owners.get(id(e.adapter.variable)) for e in self.entries}
+        self._borrowed = {label: layer for label, layer in borrowed.items() if layer is not None}
 
     def get_config(self) -> dict[str, Any]:
+        """What `from_config` needs to make this layer again.
+
+        Raises:
+            SavingError: A variable is a weight of another layer.
+        """
+        for label, layer in self._borrowed.items():
+            raise SavingError(
+                f"{label!r} of {self.loss!r} is a weight of the layer {layer!r}, and would be "
+                "loaded as a variable of its own, which is not trained with that layer. Save "
+                "weights only, model.save_weights(path), or detach(model)."
+            )
         live = {}
         for loss in self.bound_losses:
             for _, label, leaf in loss.live_leaves():
