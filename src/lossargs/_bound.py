@@ -64,6 +64,8 @@ class BoundLoss(keras.losses.Loss):
         self._function = function
         self._args = args
         self._key = key  # equal for equal losses
+        self._live = tuple(dict.fromkeys(name for name, _, _ in self.live_leaves()))
+        self._inner = tuple(self._inner_losses())
         leaves = {identity(leaf): leaf for _, _, leaf in self.live_leaves()}
         prefix = uuid.uuid4().hex if leaves else ""
         # Two live values of one type look alike in a file: what tells them apart is made up.
@@ -86,7 +88,7 @@ class BoundLoss(keras.losses.Loss):
         """The loss with these arguments: an equal one that is alive, or else a new one.
 
         Raises:
-            ArgumentError: A value cannot be bound as a constant.
+            ArgumentError: A value can be neither followed nor bound as a constant.
             SignatureError: The function captures a variable or a symbolic tensor.
         """
         function.refuse_live_captures()
@@ -138,25 +140,28 @@ class BoundLoss(keras.losses.Loss):
 
     def live_args(self, convert: Callable[[Any], Any]) -> dict[str, Any]:
         """The arguments that hold live values, with each leaf converted."""
-        names = dict.fromkeys(name for name, _, _ in self.live_leaves())
-        return {name: rebuilt(self._args[name], convert) for name in names}
+        return {name: rebuilt(self._args[name], convert) for name in self._live}
 
-    def inner_losses(self) -> Iterator["BoundLoss"]:
+    @property
+    def inner_losses(self) -> tuple["BoundLoss", ...]:
         """The bound losses among the arguments, at any depth."""
+        return self._inner
+
+    def _inner_losses(self) -> list["BoundLoss"]:
         found: list[BoundLoss] = []
 
         def look(leaf: Any) -> None:
             if isinstance(leaf, BoundLoss):
-                found.extend((leaf, *leaf.inner_losses()))
+                found.extend((leaf, *leaf.inner_losses))
 
         for value in self._args.values():
             rebuilt(value, look)
-        return iter(found)
+        return found
 
     @property
     def holds_live(self) -> bool:
         """Whether this loss, or one among its arguments, has live arguments."""
-        return bool(self._saved) or any(loss.holds_live for loss in self.inner_losses())
+        return bool(self._live) or any(loss.holds_live for loss in self._inner)
 
     @property
     def parameters(self) -> list[str]:
@@ -179,14 +184,16 @@ class BoundLoss(keras.losses.Loss):
             sample_weight: Weights that broadcast to the loss of each sample; or what came as the
                 third element of the data, a dict of extra arguments by name, where the key
                 `"sample_weight"` holds the weights.
-            **extra: Extra arguments for this call only. They override those of the batch, which
-                override the bound ones.
+            **extra: Extra arguments for this call only. They override live ones, which override
+                those of the batch, and these the bound ones.
 
         Returns:
             The loss, reduced by `self.reduction`: a scalar, or one number for each sample.
 
         Raises:
             ArgumentError: An argument is missing or unknown.
+            AttachError: The predictions do not come from a model that a loss with live arguments is
+                attached to.
             BatchError: What came with the batch would be used wrongly, or not at all.
         """
         given = sample_weight
@@ -221,19 +228,22 @@ class BoundLoss(keras.losses.Loss):
             args |= step.values
         if extra:
             args |= extra
-        symbolic = in_symbolic_scope()
-        live = {} if not self._saved else dict.fromkeys(name for name, _, _ in self.live_leaves())
-        if live and (symbolic or keras.backend.backend() == "tensorflow") and in_metrics():
+        # Metrics are computed of stand-ins first; but for TensorFlow, which runs this once, to trace.
+        looked_at = keras.backend.backend() == "tensorflow" or in_symbolic_scope()
+        if self._live and looked_at and in_metrics():
             raise AttachError(
-                f"{self!r} has live arguments ({listed(live)}), and was given to compile as a "
-                "metric. Metrics are computed outside the step of the model, where these have no "
+                f"{self!r} has live arguments ({listed(self._live)}), and was given to compile as "
+                "a metric. Metrics are computed outside the step of the model, where these have no "
                 "value. Let the model track it: attach(..., loss, track=[this one])."
             )
-        known = {*extra, *(step.values if step else ())}
-        unresolved = [name for name in live if name not in known]
         missing = self._function.missing(args)
+        unresolved = [
+            n for n in self._live if n not in extra and (not step or n not in step.values)
+        ]
+        if not missing and not unresolved:
+            return args
         others: Collection[Any] = carried(y_pred)
-        if symbolic and (missing or unresolved):
+        if in_symbolic_scope():
             # Keras computes the loss once before the first step, of stand-ins that did not come
             # from the model and carry nothing.
             others = _attached_losses(model_in_use())
@@ -241,16 +251,14 @@ class BoundLoss(keras.losses.Loss):
                 return None
         if unresolved:
             raise self._not_attached(unresolved, others)
-        if missing:
-            raise ArgumentError(
-                f"{self._function.name} needs a value for {listed(missing)}. Bind it, "
-                f"{self._function.name}({missing[0]}=...); or give it with the batch, as an entry "
-                "of a dict in the third element of the data: "
-                f"fit(x, y, sample_weight={{{missing[0]!r}: ...}}), and the same for validation "
-                "and evaluate; or at the call. A loss in metrics=[...] gets nothing from the "
-                "batch."
-            )
-        return args
+        raise ArgumentError(
+            f"{self._function.name} needs a value for {listed(missing)}. Bind it, "
+            f"{self._function.name}({missing[0]}=...); or give it with the batch, as an entry "
+            "of a dict in the third element of the data: "
+            f"fit(x, y, sample_weight={{{missing[0]!r}: ...}}), and the same for validation "
+            "and evaluate; or at the call. A loss in metrics=[...] gets nothing from the "
+            "batch."
+        )
 
     def _not_attached(self, names: Collection[str], others: Collection[Any]) -> AttachError:
         """What is wrong if live arguments have no value."""
@@ -287,10 +295,9 @@ class BoundLoss(keras.losses.Loss):
             sample_weight: The weights of the samples, if any.
         """
         function = self._function
-        inner = any(True for _ in self.inner_losses())
 
         def fn(y_true: Any, y_pred: Any) -> Any:
-            if inner and y_pred is not source:  # these look at what their `y_pred` carries
+            if self._inner and y_pred is not source:  # these look at what their `y_pred` carries
                 y_pred = carry(y_pred, carried(source))
             values = function.fn(
                 y_true, y_pred, **{name: hand_on(v, self.dtype) for name, v in args.items()}

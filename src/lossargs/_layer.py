@@ -128,7 +128,7 @@ class LossArgs(keras.Layer):
             check_is_bound(one)
         check_names(["loss", *(one.name for one in track)], "track=[...]")
         losses = dict.fromkeys(
-            inner for one in (loss, *track) for inner in (one, *one.inner_losses())
+            inner for one in (loss, *track) for inner in (one, *one.inner_losses)
         )
         adapters: dict[Any, Adapter] = {}
         for one in losses:
