@@ -10,7 +10,7 @@ import pytest
 
 import losses
 import vaes
-from helpers import TESTS, linear_model, run_python
+from helpers import KERAS, TESTS, linear_model, run_python
 from lossargs import LossArgs, SavingError, attach, live_args
 
 pytestmark = pytest.mark.fit
@@ -109,6 +109,7 @@ def test_fresh_process(tmp_path):
     assert logs == pytest.approx(numbers(model), rel=1e-5)
 
 
+@pytest.mark.skipif(KERAS < (3, 15), reason="written by Keras 3.15, whose layers have more in them")
 @pytest.mark.parametrize("written_on", ["jax", "tensorflow", "torch"])
 def test_models_written_on_other_backends(written_on):
     folder = TESTS / "models"

@@ -228,7 +228,7 @@ class BoundLoss(keras.losses.Loss):
             args |= step.values
         if extra:
             args |= extra
-        # Metrics are computed of stand-ins first; but for TensorFlow, which runs this once, to trace.
+        # Metrics are computed of stand-ins first; on TensorFlow, this runs only to be traced.
         looked_at = keras.backend.backend() == "tensorflow" or in_symbolic_scope()
         if self._live and looked_at and in_metrics():
             raise AttachError(
