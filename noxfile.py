@@ -24,6 +24,7 @@ MINIMUM_KERAS = next(
 )
 TRAINING_BACKENDS = ("tensorflow", "jax", "torch")
 MNIST_RESULTS = Path("build/mnist")
+EXAMPLE_RESULTS = Path("build/examples")
 SHIFTS = (10, 5)
 
 each_backend = nox.parametrize(
@@ -155,3 +156,17 @@ def mnist_report(session: nox.Session) -> None:
     """Show the MNIST results of all backends; `-- --readme` writes them into the README."""
     install(session, "examples", package=False)
     session.run("python", "examples/mnist_report.py", str(MNIST_RESULTS), *session.posargs)
+
+
+@nox.session
+@each_training_backend
+def examples(session: nox.Session, backend: str) -> None:
+    """Train the VAE example on one backend; `-- --plot docs/vae.png` draws it for the README."""
+    install(session, backend, "examples")
+    EXAMPLE_RESULTS.mkdir(parents=True, exist_ok=True)
+    result = EXAMPLE_RESULTS / f"vae-{backend}"
+    session.run(
+        "python", "examples/vae.py", f"--backend={backend}",
+        f"--json={result}.json", f"--plot={result}.png", *session.posargs,
+        env={"TF_CPP_MIN_LOG_LEVEL": "3"},
+    )  # fmt: skip

