@@ -179,6 +179,16 @@ def test_argument_inputs_become_inputs_of_the_model(inputs, expected, data):
     np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("of", [list, tuple])
+def test_inputs_that_stay_as_they_are(of):
+    x, y = keras.Input((3,), name="x"), keras.Input((3,), name="y")
+    model = keras.Model(of([x, y]), keras.layers.Dense(2)(x + y))
+    attached = attach(model, losses.shifted(variable()))
+    for other in (attached, detach(attached)):
+        assert type(other.input) is type(model.input)
+        assert len(other.inputs) == 2
+
+
 def test_input_of_the_model_as_an_argument():
     model = functional()
     attached = attach(model, losses.described(what=model.inputs[0]))

@@ -1,6 +1,7 @@
 """Live arguments: each kind, followed step by step, in precision, in the logs."""
 
 import gc
+import weakref
 
 import keras
 import numpy as np
@@ -212,6 +213,19 @@ def test_the_call_comes_before_live_and_that_before_the_batch(data):
     assert to_float(loss(y_true, y_pred, shift=9.0)) == pytest.approx(error_of(data) + 9, rel=1e-5)
     by_hand = loss(data.y, predictions(data.x), shift=variable(9.0))
     assert to_float(by_hand) == pytest.approx(error_of(data) + 9, rel=1e-5)
+
+
+def test_loop_of_ones_own(data):
+    schedule = keras.optimizers.schedules.PolynomialDecay(0.0, 100, 100.0)  # the step itself
+    loss = losses.shifted(schedule)
+    model = attach(linear_model(), loss)
+
+    class Loop:
+        def train_step(self):
+            return loss(ops.convert_to_tensor(data.y), model(data.x, training=True))
+
+    for step in range(3):
+        assert to_float(Loop().train_step()) == pytest.approx(error_of(data) + step, rel=1e-5)
 
 
 # ---- Precision, masks, dtypes ----
@@ -461,22 +475,31 @@ def test_not_attached(data, value):
         loss.call(ops.convert_to_tensor(data.y), ops.convert_to_tensor(predictions(data.x)))
 
 
-def test_attached_to_another_model(data):
-    loss = losses.shifted(variable(1.0))
-    attached(loss)
-    model = attach(linear_model(), losses.scaled(variable(1.0, "scale")))
-    model.compile("sgd", loss=loss)
-    text = raises_at_the_first_step(model, data)
-    assert "This model was attached to another loss, scaled(scale=<variable 'scale'>)" in text
-    assert "Attach it to this one: model = attach(model, loss)" in text
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        lambda: losses.shifted(variable(1.0)),  # bound anew
+        lambda: losses.shifted(1.0),
+        lambda: losses.scaled(variable(1.0)),
+        lambda: "mse",
+    ],
+)
+def test_compiled_with_another_loss(data, compiled):
+    loss, other = losses.shifted(variable(1.0)), compiled()
+    model = attach(linear_model(), loss)
+    model.compile("sgd", loss=other)
+    with pytest.raises(WHILE_BUILDING) as error:
+        model.fit(data.x, data.y, verbose=0)
+    text = message_of(error.value)
+    assert f"is attached to {loss!r}, and was compiled with {other!r}. Bind once, and give" in text
+    assert "For another loss take model = detach(model)" in text
 
 
-def test_bound_anew_after_attach(data):
-    model = attach(linear_model(), losses.shifted(variable(1.0)))
-    model.compile("sgd", loss=losses.shifted(variable(1.0)))
-    text = raises_at_the_first_step(model, data)
-    assert "attached to another loss of the same function, shifted(shift=<variable" in text
-    assert "Bind once, and give that one loss to attach and to compile" in text
+def test_predictions_of_a_model_that_is_attached_to_another_loss(data):
+    loss, other = losses.shifted(variable(1.0)), losses.shifted(variable(1.0))
+    y_pred = attach(linear_model(), loss)(data.x)
+    with pytest.raises(AttachError, match="and this model was attached to another loss, shifted"):
+        other(ops.convert_to_tensor(data.y), y_pred)
 
 
 def test_bound_again_to_the_same_variable_is_the_same_loss(data):
@@ -565,6 +588,7 @@ def test_own_train_step(data):
         (lambda layer, y: layer(y, kode=y), "was called with 'kode', which none of its losses "),
         (lambda layer, y: layer(y, kode=y), "Did you mean 'code'?"),
         (lambda layer, y: layer(y, code=y, weight=y), "'weight' of sparse(weight=<variable"),
+        (lambda layer, y: layer({"a": y}, code=y), "called with a dict, and takes the one tensor"),
     ],
 )
 def test_wrong_call_of_the_layer(call, text):
@@ -580,7 +604,7 @@ def test_symbolic_tensor_in_a_subclassed_model(data):
     model.compile("sgd", loss=loss)
     model.loss_args(keras.Input((2,)), code=keras.Input((2,)))
     with pytest.raises(AttachError) as error:
-        model.loss_args(data.y)
+        model.loss_args(ops.convert_to_tensor(data.y))
     text = message_of(error.value)
     assert "'code' of sparse(code=<symbolic tensor" in text
     assert "self.loss_args(y_pred, code=...)" in text
@@ -592,7 +616,149 @@ def test_loss_that_no_factory_made(loss):
         LossArgs(loss)
 
 
+def test_schedule_in_a_subclassed_model_that_does_not_pass_training_on(data):
+    schedule = keras.optimizers.schedules.PolynomialDecay(0.0, 100, 100.0)  # the step itself
+    loss = sparse(weight=schedule)
+    model = AutoEncoder(loss)
+    model.compile("sgd", loss=loss)
+    options = {"batch_size": 4, "epochs": 2, "validation_data": (data.x, data.y), "verbose": 0}
+    history = model.fit(data.x, data.y, **options).history
+    assert history["weight"] == pytest.approx([2, 5])
+    assert history["val_weight"] == pytest.approx([3, 6])
+    model.predict(data.x, verbose=0)
+    assert model.evaluate(data.x, data.y, verbose=0, return_dict=True)["weight"] == pytest.approx(6)
+
+
+class Changing(AutoEncoder):
+    def call(self, x):
+        return ops.tanh(super().call(x))
+
+
+@with_args
+def optional(y_true, y_pred, *, code=None):
+    return keras.losses.mean_squared_error(y_true, y_pred)
+
+
+@pytest.mark.parametrize("loss", [optional, sparse])
+def test_values_of_the_layer_that_do_not_arrive(data, loss):
+    model = Changing(loss())
+    model.compile("sgd", loss=loss())
+    with pytest.raises(AttachError, match="live arguments \\('code'.*or not directly"):
+        model.fit(data.x, data.y, verbose=0)
+
+
+@with_args
+def awkward(y_true, y_pred, **extra):
+    return ops.mean(ops.square(y_true - y_pred), axis=-1) + sum(extra.values())
+
+
+@pytest.mark.parametrize("name", ["given", "tensors", "self", "y", "mask", "inputs"])
+def test_names_of_arguments_in_a_call_of_the_layer(data, name):
+    layer = LossArgs(awkward())
+    y_pred = layer(ops.convert_to_tensor(predictions(data.x)), **{name: ops.ones(12)})
+    value = awkward()(ops.convert_to_tensor(data.y), y_pred)
+    assert to_float(value) == pytest.approx(error_of(data) + 1, rel=1e-5)
+
+
+def test_loss_that_tracks_itself(data):
+    loss = losses.shifted(variable(5.0))
+    logs = attached(loss, track=[loss]).evaluate(data.x, data.y, verbose=0, return_dict=True)
+    assert logs["shifted"] == pytest.approx(logs["loss"], rel=1e-6)
+
+
+def test_output_loss_as_a_name(data):
+    x, outputs, _ = two_outputs(names=["one", "two"])
+    loss = {"a": losses.flexible(a_loss=variable(1.0))}
+    model = attach(keras.Model(x, list(outputs.values())), loss)
+    model.compile("sgd", loss={**loss, "b": "mse"})
+    with pytest.raises(WHILE_BUILDING, match="'a_loss' would stand for 2 different things"):
+        model.fit(data.x, [data.y, data.y], verbose=0)
+
+
+class Plain(keras.optimizers.schedules.LearningRateSchedule):
+    def __call__(self, step):
+        return 0.5
+
+
+def test_schedule_that_gives_a_python_number(data):
+    model = attached(losses.shifted(Plain()))
+    assert model.fit(data.x, data.y, verbose=0).history["shift"] == [0.5]
+
+
+def test_variable_assigned_after_each_batch(data):
+    class Assign(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append(logs["shift"])
+            live_args(self.model)["shift"].assign(batch + 1.0)
+
+    seen = []
+    model = attached(losses.shifted(variable(0.0)))
+    model.fit(data.x, data.y, batch_size=4, callbacks=[Assign()], verbose=0)
+    assert seen == [0, 1, 2]
+
+
+@pytest.mark.skipif(KERAS < (3, 12), reason="newer than that")
+def test_rematerialization(data):
+    with keras.RematScope(mode="activations"):
+        model = attached(losses.shifted(variable(5.0)))
+        model.fit(data.x, data.y, verbose=0)
+    with keras.RematScope(mode="full"):
+        layer = LossArgs(awkward())
+        y_pred = layer(ops.convert_to_tensor(predictions(data.x)), a=ops.ones(12))
+    value = awkward()(ops.convert_to_tensor(data.y), y_pred)
+    assert to_float(value) == pytest.approx(error_of(data) + 1, rel=1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="a train step as JAX has it")
+def test_train_step_of_the_guide_for_jax_has_no_logs(data):
+    import jax
+
+    class Guide(AutoEncoder):
+        def compute_loss_and_updates(self, trainable, state, x, y):
+            y_pred, state = self.stateless_call(trainable, state, x, training=True)
+            return self.compute_loss(x, y, y_pred), state
+
+        def train_step(self, state, data):
+            trainable, state, optimizer, metrics = state
+            gradient = jax.value_and_grad(self.compute_loss_and_updates, has_aux=True)
+            (loss, state), gradients = gradient(trainable, state, *data)
+            trainable, optimizer = self.optimizer.stateless_apply(optimizer, gradients, trainable)
+            logs = {"loss": loss}
+            for metric in self.metrics:
+                if metric.name in ("weight", "tracked"):
+                    logs[metric.name] = metric.result()
+            return logs, (trainable, state, optimizer, metrics)
+
+        def call(self, x, training=None):
+            return super().call(x)
+
+    loss = sparse(weight=variable(3.0, "weight"))
+    model = Guide(loss, track=[sparse.options(name="tracked")(weight=0.0)])
+    model.compile("sgd", loss=loss)
+    model(data.x)
+    model.optimizer.build(model.trainable_variables)
+    history = model.fit(data.x, data.y, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+    assert np.isnan(history["weight"]).all()  # and no zero that looks like a value
+    assert np.isnan(history["tracked"]).all()
+
+
 # ---- Nothing is left behind ----
+
+
+def test_trained_models_are_let_go(data):
+    def trained():
+        loss = losses.flexible(a=variable(1.0), b=keras.Input(()))
+        model = attach(linear_model(), loss)
+        model.compile("sgd", loss=loss)
+        model.fit([data.x, data.weight], data.y, verbose=0)
+        return weakref.ref(model.layers[-1]), weakref.ref(loss)
+
+    left = [trained() for _ in range(2)]
+    keras.backend.clear_session()
+    for _ in range(3):
+        gc.collect()
+    assert [reference() for references in left[:1] for reference in references] == [None, None]
 
 
 def test_nothing_is_left_on_tensors(data):

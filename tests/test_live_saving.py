@@ -10,8 +10,8 @@ import pytest
 
 import losses
 import vaes
-from helpers import KERAS, TESTS, linear_model, run_python
-from lossargs import LossArgs, SavingError, attach, live_args
+from helpers import KERAS, TESTS, linear_model, predictions, run_python
+from lossargs import AttachError, LossArgs, SavingError, attach, live_args
 
 pytestmark = pytest.mark.fit
 
@@ -168,12 +168,34 @@ def test_clone_has_arguments_of_its_own(data):
     clone.set_weights(model.get_weights())
     assert live_args(clone)["shift"] is not shift
     clone.compile("sgd", loss=loss)
-    with pytest.raises(ValueError, match="attached to another loss of the same function"):
+    with pytest.raises(ValueError, match="is attached to shifted.* and was compiled with shifted"):
         clone.evaluate(data.x, data.y, verbose=0)
     clone.compile("sgd", loss=clone.layers[-1].loss)
     live_args(clone)["shift"].assign(7.0)
     assert clone.evaluate(data.x, data.y, verbose=0, return_dict=True)["shift"] == 7
     assert float(shift.numpy()) == 5
+
+
+@pytest.mark.parametrize("reads_tensors", [True, False])
+def test_loaded_loss_with_another_constant(tmp_path, data, reads_tensors):
+    network = linear_model()
+    live = {"live": variable(5.0, "live")}
+    if reads_tensors:
+        live["tensor"] = network.inputs[0][:, 0]
+    loss = losses.flexible(constant=1.0, **live)
+    attach(network, loss).save(tmp_path / "model.keras")
+
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loss = loaded.layers[-1].loss.replace(constant=2.0)
+    with pytest.raises(AttachError, match="belongs to a model that was saved and loaded"):
+        attach(linear_model(), loss)
+    model = attach(loaded, loss)
+    model.compile("sgd", loss=loss)
+    live_args(model)["live"].assign(10.0)
+    error = np.mean((data.y - predictions(data.x)) ** 2)
+    expected = error + 12 + (data.x[:, 0].mean() if reads_tensors else 0)
+    logs = model.evaluate(data.x, data.y, verbose=0, return_dict=True)
+    assert logs["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_loss_alone_goes_through_pickle_and_json():

@@ -5,7 +5,8 @@ from typing import Any, ClassVar, Self
 
 import keras
 
-from lossargs._values import decode, encode, live_types
+from lossargs._errors import AttachError
+from lossargs._values import decode, encode, live_types, show
 
 
 class Adapter(keras.Layer):
@@ -102,8 +103,13 @@ def adapter_of(value: Any) -> Adapter:
     """The adapter of a live value."""
     if isinstance(value, Adapter):
         return value
-    kind = next(kind for kind in reversed(_adapters) if isinstance(value, kind))
-    return _adapters[kind].of(value)
+    for kind in reversed(_adapters):
+        if isinstance(value, kind):
+            return _adapters[kind].of(value)
+    raise AttachError(
+        f"{show(value)} belongs to a model that was saved and loaded, whose layer keeps its value. "
+        "Attach the loss to that model, or bind it to a variable of it: live_args(model)[name]."
+    )
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
@@ -186,7 +192,7 @@ class ScheduleAdapter(Adapter):
         )
 
     def value(self, tensor: Any, training: bool) -> Any:  # noqa: ARG002
-        value = self.schedule(self.step.value)
+        value = keras.ops.convert_to_tensor(self.schedule(self.step.value))
         if training:
             self.step.assign_add(1)
         return value

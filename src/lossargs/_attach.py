@@ -5,6 +5,7 @@ from typing import Any, TypeVar, cast
 
 import keras
 
+from lossargs._adapters import Adapter
 from lossargs._bound import BoundLoss
 from lossargs._errors import AttachError, listed, nearest
 from lossargs._keras import (
@@ -43,7 +44,8 @@ def attach(target: Target, loss: Any, *, track: Any = ()) -> Target:
             to be made, a list or dict of them if there are several.
         loss: The loss that `compile` is given as well, made by a factory of `with_args`. For
             several outputs a list or dict, as for `compile`; what is not made by a factory is left
-            to `compile`.
+            to `compile`. Keras names the outputs in a list by their last layers: attach to the
+            model, or make a dict of the outputs, if names matter.
         track: Further bound losses, evaluated in the same step and logged under their names. For
             several outputs a list or dict of these.
 
@@ -175,12 +177,23 @@ def _attach_tensor(output: Any, loss: BoundLoss, track: Iterable[BoundLoss]) -> 
         )
     if isinstance(track, BoundLoss):
         track = [track]
-    layer = LossArgs(loss, track=track)
+    layer = LossArgs(loss, track=track, kept=_kept_behind(output))
     tensors = layer.tensors
     output = _before(output)
     _, layers = above([output, *(t for t in tensors if t is not None)])
     layer.note_weights_of(layers)
     return (layer(output, tensors) if tensors else layer(output)), layer
+
+
+def _kept_behind(output: keras.KerasTensor) -> dict[str, Adapter]:
+    """What a layer keeps that is to be replaced: of a loaded model, all there is of its values."""
+    layer, given = origin(output)
+    if not isinstance(layer, LossArgs):
+        return {}
+    reading = [adapter for adapter in layer.adapters if adapter.reads_tensor]
+    for adapter, tensor in zip(reading, given[1:], strict=False):
+        adapter.tensor = tensor
+    return layer.by_id
 
 
 def _attach_tensors(outputs: Any, loss: Any, track: Any) -> tuple[Any, list[LossArgs]]:
@@ -290,7 +303,9 @@ def _functional(model: Any, inputs: Any, outputs: Any) -> Any:
 
 def _attach_sequential(model: Any, loss: Any, track: Any) -> Any:
     check_is_bound(loss)
-    layer = LossArgs(loss, track=[track] if isinstance(track, BoundLoss) else track)
+    old = [one for one in model.layers if isinstance(one, LossArgs)]
+    kept = old[-1].by_id if old else {}
+    layer = LossArgs(loss, track=[track] if isinstance(track, BoundLoss) else track, kept=kept)
     if not layer.tensors:
         layers = [one for one in model.layers if not isinstance(one, LossArgs)]
         names_of([layer])

@@ -1,16 +1,17 @@
 """A loss function with its extra arguments bound: an ordinary, immutable Keras loss."""
 
+import itertools
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NoReturn, Self
 
 import keras
 import numpy as np
 
-from lossargs._carried import Step, carried, carry
+from lossargs._carried import carried, carry
 from lossargs._errors import (
     ArgumentError,
     AttachError,
@@ -45,6 +46,9 @@ SAMPLE_WEIGHT = "sample_weight"  # the batch entry that is the ordinary sample w
 
 _interned: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
 _interned_lock = threading.Lock()
+_by_token: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_tokens = itertools.count()
+_served: weakref.WeakSet[Any] = weakref.WeakSet()  # losses that some layer hands values to
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
@@ -73,6 +77,8 @@ class BoundLoss(keras.losses.Loss):
             live: leaf if isinstance(leaf, Saved) else Saved(f"{prefix}-{number}", show(leaf))
             for number, (live, leaf) in enumerate(leaves.items())
         }
+        self.token = next(_tokens)  # stands for this loss where it must not be held
+        _by_token[self.token] = self
         self._frozen = True
 
     @classmethod
@@ -196,33 +202,37 @@ class BoundLoss(keras.losses.Loss):
                 attached to.
             BatchError: What came with the batch would be used wrongly, or not at all.
         """
-        given = sample_weight
+        step = carried(y_pred).get(self.token)
+        loss = self.evaluated(y_true, y_pred, sample_weight, extra)
+        layer = step.layer() if step is not None and step.layer is not None else None
+        if layer is not None and step is not None:
+            layer.report(step.logged, y_true, y_pred, sample_weight)
+        return loss
+
+    def evaluated(
+        self, y_true: Any, y_pred: Any, sample_weight: Any, extra: Mapping[str, Any]
+    ) -> Any:
+        """As `__call__`, without a word to the layer that logs it."""
         batch: Mapping[str, Any] = {}
         if isinstance(sample_weight, Mapping):
             batch, sample_weight = self._split(sample_weight)
         self._function.check_names(extra, f"{self._function.name} was called with")
-        step = carried(y_pred).get(self)
-        args = self._in_force(y_pred, step, batch, extra)
+        args = self._in_force(y_pred, batch, extra)
         if args is None:
             return keras.ops.zeros((), dtype=self.dtype)
-        loss = self._evaluation(args, y_pred, sample_weight)(y_true, y_pred, sample_weight)
-        if step is not None and step.report is not None:
-            step.report(y_true, y_pred, given)
-        return loss
+        return self._evaluation(args, y_pred, sample_weight)(y_true, y_pred, sample_weight)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """The loss of each sample, before weights and reduction."""
-        args = self._in_force(y_pred, carried(y_pred).get(self), {}, {}) or {}
+        args = self._in_force(y_pred, {}, {}) or {}
         return self._evaluation(args, y_pred, None).call(y_true, y_pred)
 
     def _in_force(
-        self,
-        y_pred: Any,
-        step: Step | None,
-        batch: Mapping[str, Any],
-        extra: Mapping[str, Any],
+        self, y_pred: Any, batch: Mapping[str, Any], extra: Mapping[str, Any]
     ) -> Mapping[str, Any] | None:
         """The arguments of one call, or `None` if there is nothing yet to take them from."""
+        steps = carried(y_pred)
+        step = steps.get(self.token)
         args = {**self._args, **batch}
         if step is not None:
             args |= step.values
@@ -240,17 +250,20 @@ class BoundLoss(keras.losses.Loss):
         unresolved = [
             n for n in self._live if n not in extra and (not step or n not in step.values)
         ]
-        if not missing and not unresolved:
+        dropped = step is None and self in _served and not in_symbolic_scope()
+        if not missing and not unresolved and not dropped:
             return args
-        others: Collection[Any] = carried(y_pred)
-        if in_symbolic_scope():
+        model = model_in_use()
+        attached = _attached_losses(model)
+        if in_symbolic_scope() and self in attached:
             # Keras computes the loss once before the first step, of stand-ins that did not come
             # from the model and carry nothing.
-            others = _attached_losses(model_in_use())
-            if self in others:
-                return None
-        if unresolved:
-            raise self._not_attached(unresolved, others)
+            return None
+        if unresolved or (step is None and self in attached):
+            carrying = [_by_token[token] for token in steps if token in _by_token]
+            raise self._not_attached(unresolved or missing or self.parameters, carrying or attached)
+        if not missing:
+            return args
         raise ArgumentError(
             f"{self._function.name} needs a value for {listed(missing)}. Bind it, "
             f"{self._function.name}({missing[0]}=...); or give it with the batch, as an entry "
@@ -263,18 +276,12 @@ class BoundLoss(keras.losses.Loss):
     def _not_attached(self, names: Collection[str], others: Collection[Any]) -> AttachError:
         """What is wrong if live arguments have no value."""
         what = f"{self!r} has live arguments ({listed(names)}), which have a value only in a step "
-        same = [loss for loss in others if loss._function is self._function]
-        if same:
-            return AttachError(
-                f"{what}of a model they are attached to, and this model was attached to another "
-                f"loss of the same function, {same[0]!r}. Bind once, and give that one loss to "
-                "attach and to compile; of a model that was loaded or cloned, it is "
-                "model.loss or the `loss` of its LossArgs layer."
-            )
+        others = [loss for loss in others if loss is not self]
         if others:
             return AttachError(
-                f"{what}of a model they are attached to. This model was attached to another loss, "
-                f"{next(iter(others))!r}. Attach it to this one: model = attach(model, loss)."
+                f"{what}of a model they are attached to, and this model was attached to another "
+                f"loss, {others[0]!r}. Bind once, and give that one loss to attach and to compile; "
+                "of a model that was loaded or cloned, it is the `loss` of its LossArgs layer."
             )
         return AttachError(
             f"{what}of a model they are attached to, and these predictions come from none, or not "
@@ -438,6 +445,11 @@ class BoundLoss(keras.losses.Loss):
 
 def _unpickled(function: LossFunction, args: dict[str, Any], options: dict[str, Any]) -> BoundLoss:
     return BoundLoss.of(function, args, **options)
+
+
+def serve(losses: Iterable[BoundLoss]) -> None:
+    """Remember that a layer hands values to these losses: without them they would be wrong."""
+    _served.update(losses)
 
 
 def _attached_losses(model: Any) -> list[Any]:

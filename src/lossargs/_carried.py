@@ -5,30 +5,35 @@ The very tensor that the model's last layer returns is what Keras gives to the l
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 
 _ATTRIBUTE = "_lossargs"
-_by_id: dict[int, dict[Any, "Step"]] = {}  # of tensors that take no attribute
+_by_id: dict[int, dict[int, "Step"]] = {}  # of tensors that take no attribute
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
     """What one step of the model gives to one of its losses.
 
+    Tensors of TensorFlow hide what they carry from Python's garbage collector: nothing here may
+    hold the loss, the layer or the model.
+
     Attributes:
         values: Arguments of the loss by name.
-        report: Called with `(y_true, y_pred, sample_weight)` when the loss was evaluated.
+        layer: What the loss tells about its evaluation, `layer().report(...)`; held weakly.
+        logged: The live scalars of this step, for the layer.
     """
 
     values: Mapping[str, Any]
-    report: Callable[[Any, Any, Any], None] | None = None
+    layer: Callable[[], Any] | None = None
+    logged: Sequence[Any] = ()
 
 
-def carry(tensor: Any, steps: dict[Any, Step]) -> Any:
-    """Let a tensor carry what the losses need that will get it as `y_pred`, by loss.
+def carry(tensor: Any, steps: dict[int, Step]) -> Any:
+    """Let a tensor carry what the losses need that will get it as `y_pred`, by its token.
 
     Returns:
         The tensor; or, where it takes no attribute, one that equals it.
@@ -45,7 +50,7 @@ def carry(tensor: Any, steps: dict[Any, Step]) -> Any:
     return tensor
 
 
-def carried(tensor: Any) -> dict[Any, Step]:
-    """What a tensor carries, by loss; empty for most."""
-    steps: dict[Any, Step] | None = getattr(tensor, _ATTRIBUTE, None)
+def carried(tensor: Any) -> dict[int, Step]:
+    """What a tensor carries, by the token of the loss; empty for most."""
+    steps: dict[int, Step] | None = getattr(tensor, _ATTRIBUTE, None)
     return _by_id.get(id(tensor), {}) if steps is None else steps

@@ -36,6 +36,7 @@ __all__ = [
     "get_object_name",
     "in_metrics",
     "in_symbolic_scope",
+    "in_training_step",
     "keeps_constructor",
     "metric_names",
     "model_in_use",
@@ -78,15 +79,25 @@ def model_in_use() -> Any:
     return None
 
 
+def in_training_step() -> bool:
+    """Whether a model is being trained, and not evaluated or called otherwise."""
+    for frame in _frames("train_step", "test_step", "predict_step"):
+        if isinstance(frame.f_locals.get("self"), keras.Model):
+            return frame.f_code.co_name == "train_step"
+    return False
+
+
 def metric_names(model: keras.Model) -> set[str]:
-    """The names in the logs of the loss and of the metrics given to `compile`."""
+    """The names in the logs of the losses and of the metrics given to `compile`."""
     compiled = getattr(model, "_compile_metrics", None)
     given = [
         getattr(compiled, "_user_metrics", None),
         getattr(compiled, "_user_weighted_metrics", None),
     ]
     metrics = [metric for metric in keras.tree.flatten(given) if metric is not None]
-    return {"loss", *(m if isinstance(m, str) else get_object_name(m) for m in metrics)}
+    outputs = getattr(model, "output_names", None) or []
+    losses = [f"{name}_loss" for name in outputs] if len(outputs) > 1 else []
+    return {"loss", *losses, *(m if isinstance(m, str) else get_object_name(m) for m in metrics)}
 
 
 def in_metrics() -> bool:

@@ -1,19 +1,21 @@
 """`LossArgs`: the layer that keeps live arguments and hands them to the loss in each step."""
 
 import dataclasses
-import functools
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import keras
+import numpy as np
 
 from lossargs._adapters import Adapter, adapter_of
-from lossargs._bound import SAMPLE_WEIGHT, BoundLoss
+from lossargs._bound import SAMPLE_WEIGHT, BoundLoss, serve
 from lossargs._carried import Step, carry
 from lossargs._errors import AttachError, SavingError, listed, nearest
 from lossargs._keras import (
     flat_layers,
     in_symbolic_scope,
+    in_training_step,
     metric_names,
     model_in_use,
     own_variables,
@@ -24,19 +26,32 @@ from lossargs._values import identity, is_live, rebuilt
 
 
 class LiveValue(keras.Metric):
-    """A live argument in the logs: its value in the last step."""
+    """A live argument in the logs: its value in the last step; NaN if none was reported."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name=name)
         self.last = self.add_variable(
-            shape=(), initializer="zeros", name="last", aggregation="only_first_replica"
+            shape=(),
+            initializer=keras.initializers.Constant(np.nan),
+            name="last",
+            aggregation="only_first_replica",
         )
 
     def update_state(self, value: Any) -> None:
         self.last.assign(keras.ops.cast(keras.ops.stop_gradient(value), self.last.dtype))
 
+    def reset_state(self) -> None:
+        self.last.assign(np.nan)
+
     def result(self) -> Any:
         return keras.ops.copy(self.last)  # on torch the value itself would change later
+
+
+class TrackedLoss(keras.metrics.Mean):
+    """A tracked loss in the logs: its mean over the samples; NaN if none was reported."""
+
+    def result(self) -> Any:
+        return keras.ops.where(self.count > 0, super().result(), np.nan)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +137,7 @@ class LossArgs(keras.Layer):
         # No mixed policy, and nothing is cast: what goes through this layer stays as it is.
         super().__init__(**{**kwargs, "dtype": keras.config.floatx(), "autocast": False})
         self.supports_masking = True
+        self._allow_non_tensor_positional_args = True
         self.built = True
         track = tuple(track)
         for one in (loss, *track):
@@ -154,10 +170,12 @@ class LossArgs(keras.Layer):
         self._plan = _Plan(
             losses=tuple((one, one.live_args(slot)) for one in losses),
             logged=tuple((metric, place[adapter]) for (_, adapter), metric in metrics.items()),
-            tracked=tuple((one, keras.metrics.Mean(name=one.name)) for one in track),
+            tracked=tuple((one, TrackedLoss(name=one.name)) for one in track),
             entries=tuple(entries),
         )
         self._borrowed: dict[str, str] = {}
+        self._reference = weakref.ref(self)
+        serve(losses)
         self.loss = loss
         # For Keras to find them.
         self.logged = [*metrics.values(), *(metric for _, metric in self._plan.tracked)]
@@ -178,6 +196,17 @@ class LossArgs(keras.Layer):
         return tuple(loss for loss, _ in self._plan.tracked)
 
     @property
+    def by_id(self) -> dict[str, Adapter]:
+        """The adapters by what stands for their values in saved losses."""
+        return {
+            loss.saved_leaf(leaf).id: entry.adapter
+            for loss in self.bound_losses
+            for _, label, leaf in loss.live_leaves()
+            for entry in self.entries
+            if entry.loss is loss and entry.label == label
+        }
+
+    @property
     def tensors(self) -> list[Any]:
         """The symbolic tensors that the adapters read; `None` where there is none."""
         return [adapter.tensor for adapter in self.adapters if adapter.reads_tensor]
@@ -187,6 +216,7 @@ class LossArgs(keras.Layer):
         y_pred: Any,
         tensors: Sequence[Any] = (),
         given: Mapping[str, Any] | None = None,
+        /,
         *,
         training: bool | None = None,
         **named: Any,
@@ -194,9 +224,9 @@ class LossArgs(keras.Layer):
         """The predictions, as they are, carrying what the loss needs.
 
         Args:
-            y_pred: The predictions, a tensor.
-            tensors: The values of the symbolic tensors among the arguments; `attach` gives them.
-            given: The same as `named`.
+            y_pred: The predictions, one tensor.
+            tensors: For `attach`: the values of the symbolic tensors among the arguments.
+            given: For a saved graph: `named` in one dict.
             training: Whether this is a step of training; schedules move on then. By default what
                 the model is called with.
             **named: Further arguments of the losses, tensors by name.
@@ -205,14 +235,25 @@ class LossArgs(keras.Layer):
             `y_pred`.
 
         Raises:
-            AttachError: A name that no loss takes, or a symbolic tensor without a value.
+            AttachError: A name that no loss takes, a symbolic tensor without a value, or more than
+                one tensor of predictions.
         """
+        if not isinstance(y_pred, keras.KerasTensor) and not keras.ops.is_tensor(y_pred):
+            raise AttachError(
+                f"LossArgs({self.loss!r}) was called with a {type(y_pred).__name__}, and takes the "
+                "one tensor that goes to its loss. For several outputs make one layer for each."
+            )
         # In one dict: by itself, `mask` would be a mask to Keras.
         given = {**(given or {}), **named}
-        options: dict[str, Any] = {"given": given} if given else {}
-        if training is not None:
-            options["training"] = training
-        return super().__call__(y_pred, *([tensors] if tensors else []), **options)
+        arguments = (
+            (y_pred, tensors, given) if given else (y_pred, tensors) if tensors else (y_pred,)
+        )
+        options = {} if training is None else {"training": training}
+        return super().__call__(*arguments, **options)
+
+    def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+        """Under `keras.RematScope` as without: what is carried must not be computed anew."""
+        return layer_call
 
     def call(
         self,
@@ -223,7 +264,9 @@ class LossArgs(keras.Layer):
     ) -> Any:
         """As `__call__`, with all arguments by name in `given`."""
         given = given or {}
-        self._settle_names()
+        if training is None:  # not every model passes it on
+            training = in_training_step()
+        self._look_at_model()
         self._check(tensors, given)
         inputs = iter(tensors)
         by_name = {entry.label: entry.adapter for entry in self.entries}
@@ -236,13 +279,13 @@ class LossArgs(keras.Layer):
         def filled(leaf: Any) -> Any:
             return values[leaf.index] if isinstance(leaf, _Slot) else leaf
 
-        # Only what is logged: the predictions may be among the values, and carry this.
-        report = functools.partial(self._report, [values[i] for _, i in self._plan.logged])
+        logged = [values[index] for _, index in self._plan.logged]
         steps = {}
         for loss, slots in self._plan.losses:
             args = {name: rebuilt(value, filled) for name, value in slots.items()}
             args |= {n: v for n, v in given.items() if n not in by_name and loss.takes(n)}
-            steps[loss] = Step(args, report if loss is self.loss else None)
+            is_main = loss is self.loss
+            steps[loss.token] = Step(args, self._reference, logged) if is_main else Step(args)
         return carry(y_pred, steps)
 
     def compute_output_spec(
@@ -254,7 +297,7 @@ class LossArgs(keras.Layer):
     ) -> Any:
         """Shape and dtype of the predictions."""
         del training
-        self._settle_names()
+        self._look_at_model()
         self._check(tensors, given or {})
         return keras.KerasTensor(y_pred.shape, y_pred.dtype, sparse=y_pred.sparse)
 
@@ -286,7 +329,7 @@ class LossArgs(keras.Layer):
     def _known_names(self) -> set[str]:
         return {name for loss in self.bound_losses for name in loss.parameters}
 
-    def _report(self, logged: Sequence[Any], y_true: Any, y_pred: Any, sample_weight: Any) -> None:
+    def report(self, logged: Sequence[Any], y_true: Any, y_pred: Any, sample_weight: Any) -> None:
         """Log the live scalars and the tracked losses of a step; called by the loss."""
         if not variables_can_be_assigned():
             return
@@ -296,17 +339,29 @@ class LossArgs(keras.Layer):
             batch = sample_weight
             if isinstance(batch, Mapping):
                 batch = {k: v for k, v in batch.items() if k == SAMPLE_WEIGHT or loss.takes(k)}
-            value = unscale_loss_for_distribution(loss(y_true, y_pred, batch))
+            value = unscale_loss_for_distribution(loss.evaluated(y_true, y_pred, batch, {}))
             shape: Any = keras.ops.shape(y_pred)  # weighted by batch size, as Keras does its own
             metric.update_state(keras.ops.stop_gradient(value), sample_weight=shape[0])
 
-    def _settle_names(self) -> None:
+    def _look_at_model(self) -> None:
         """Name the live values in the logs, once the model is known that they are logged by."""
         if in_symbolic_scope() or keras.backend.backend() == "tensorflow":
             model = model_in_use()
             if model is not None:
                 settle_names(layers_of(model), metric_names(model))
                 self.note_weights_of(flat_layers(model))
+                self._check_compiled(model)
+
+    def _check_compiled(self, model: keras.Model) -> None:
+        given = keras.tree.flatten(getattr(model, "loss", None))
+        compiled = [loss for loss in given if loss is not None]
+        if compiled and self.loss not in compiled:
+            raise AttachError(
+                f"{model.name!r} is attached to {self.loss!r}, and was compiled with "
+                f"{', '.join(map(repr, compiled))}. Bind once, and give that one loss to attach "
+                "and to compile; of a model that was loaded or cloned, it is the `loss` of its "
+                "LossArgs layer. For another loss take model = detach(model)."
+            )
 
     def note_weights_of(self, layers: Iterable[keras.Layer]) -> None:
         """Remember which of the variables are weights of other layers of the model."""
@@ -331,11 +386,6 @@ class LossArgs(keras.Layer):
                 "loaded as a variable of its own, which is not trained with that layer. Save "
                 "weights only, model.save_weights(path), or detach(model)."
             )
-        live = {}
-        for loss in self.bound_losses:
-            for _, label, leaf in loss.live_leaves():
-                entry = next(e for e in self.entries if e.loss is loss and e.label == label)
-                live[loss.saved_leaf(leaf).id] = self.adapters.index(entry.adapter)
         config = super().get_config()
         del config["dtype"]
         # As objects: Keras sees then which of them several layers share.
@@ -344,7 +394,7 @@ class LossArgs(keras.Layer):
             "loss": self.loss,
             "track": list(self.track),
             "adapters": list(self.adapters),
-            "live": live,
+            "live": {live: self.adapters.index(a) for live, a in self.by_id.items()},
         }
 
     @classmethod
