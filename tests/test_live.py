@@ -723,10 +723,11 @@ def test_train_step_of_the_guide_for_jax_has_no_logs(data):
             gradient = jax.value_and_grad(self.compute_loss_and_updates, has_aux=True)
             (loss, state), gradients = gradient(trainable, state, *data)
             trainable, optimizer = self.optimizer.stateless_apply(optimizer, gradients, trainable)
-            logs = {"loss": loss}
+            logs, rest = {"loss": loss}, list(metrics)
             for metric in self.metrics:
+                own, rest = rest[: len(metric.variables)], rest[len(metric.variables) :]
                 if metric.name in ("weight", "tracked"):
-                    logs[metric.name] = metric.result()
+                    logs[metric.name] = metric.stateless_result(own)
             return logs, (trainable, state, optimizer, metrics)
 
         def call(self, x, training=None):
