@@ -130,6 +130,15 @@ def test_one_output_reads_another(data):
 
 
 @pytest.mark.fit
+def test_tracked_loss_that_another_output_is_trained_with(data):
+    loss = {"a": losses.shifted(variable()), "b": losses.scaled()}
+    model = attach(functional("list"), loss, track={"a": [losses.scaled()]})
+    model.compile(keras.optimizers.SGD(0.0), loss=loss)
+    logs = model.evaluate(data.x, [data.y, data.y], verbose=0, return_dict=True)
+    assert logs["a_loss"] == pytest.approx(logs["scaled"] + 1, rel=1e-5)
+
+
+@pytest.mark.fit
 def test_one_loss_for_all_outputs(data):
     loss = losses.shifted(variable())
     model = attach(functional("list"), loss)

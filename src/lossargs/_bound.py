@@ -48,7 +48,7 @@ _interned: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
 _interned_lock = threading.Lock()
 _by_token: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _tokens = itertools.count()
-_served: weakref.WeakSet[Any] = weakref.WeakSet()  # losses that some layer hands values to
+_served: weakref.WeakSet[Any] = weakref.WeakSet()  # losses whose layer is called with arguments
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
@@ -448,7 +448,7 @@ def _unpickled(function: LossFunction, args: dict[str, Any], options: dict[str, 
 
 
 def serve(losses: Iterable[BoundLoss]) -> None:
-    """Remember that a layer hands values to these losses: without them they would be wrong."""
+    """Remember that a layer gives arguments to these losses: without them they would be wrong."""
     _served.update(losses)
 
 

@@ -175,7 +175,6 @@ class LossArgs(keras.Layer):
         )
         self._borrowed: dict[str, str] = {}
         self._reference = weakref.ref(self)
-        serve(losses)
         self.loss = loss
         # For Keras to find them.
         self.logged = [*metrics.values(), *(metric for _, metric in self._plan.tracked)]
@@ -266,7 +265,7 @@ class LossArgs(keras.Layer):
         given = given or {}
         if training is None:  # not every model passes it on
             training = in_training_step()
-        self._look_at_model()
+        self._look_at_model(given)
         self._check(tensors, given)
         inputs = iter(tensors)
         by_name = {entry.label: entry.adapter for entry in self.entries}
@@ -297,7 +296,7 @@ class LossArgs(keras.Layer):
     ) -> Any:
         """Shape and dtype of the predictions."""
         del training
-        self._look_at_model()
+        self._look_at_model(given or {})
         self._check(tensors, given or {})
         return keras.KerasTensor(y_pred.shape, y_pred.dtype, sparse=y_pred.sparse)
 
@@ -343,9 +342,10 @@ class LossArgs(keras.Layer):
             shape: Any = keras.ops.shape(y_pred)  # weighted by batch size, as Keras does its own
             metric.update_state(keras.ops.stop_gradient(value), sample_weight=shape[0])
 
-    def _look_at_model(self) -> None:
+    def _look_at_model(self, given: Mapping[str, Any]) -> None:
         """Name the live values in the logs, once the model is known that they are logged by."""
         if in_symbolic_scope() or keras.backend.backend() == "tensorflow":
+            serve(loss for loss in self.bound_losses if any(map(loss.takes, given)))
             model = model_in_use()
             if model is not None:
                 settle_names(layers_of(model), metric_names(model))
