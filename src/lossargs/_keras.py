@@ -70,21 +70,24 @@ def _frames(*functions: str) -> Iterator[FrameType]:
 # A loss and a layer never see the model they are in, but the model stands on the call stack.
 
 
+def _frame_of_model(*methods: str) -> FrameType | None:
+    """The innermost call on the stack of one of these methods of a model."""
+    for frame in _frames(*methods):
+        if isinstance(frame.f_locals.get("self"), keras.Model):
+            return frame
+    return None
+
+
 def model_in_use() -> Any:
     """The model that is being built, trained or evaluated, or `None`."""
-    for frame in _frames("_symbolic_build", "train_step", "test_step"):
-        model = frame.f_locals.get("self")
-        if isinstance(model, keras.Model):
-            return model
-    return None
+    frame = _frame_of_model("_symbolic_build", "train_step", "test_step")
+    return None if frame is None else frame.f_locals["self"]
 
 
 def in_training_step() -> bool:
     """Whether a model is being trained, and not evaluated or called otherwise."""
-    for frame in _frames("train_step", "test_step", "predict_step"):
-        if isinstance(frame.f_locals.get("self"), keras.Model):
-            return frame.f_code.co_name == "train_step"
-    return False
+    frame = _frame_of_model("train_step", "test_step", "predict_step")
+    return frame is not None and frame.f_code.co_name == "train_step"
 
 
 def metric_names(model: keras.Model) -> set[str]:
