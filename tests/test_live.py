@@ -10,13 +10,10 @@ from keras import ops
 
 import lossargs._carried
 import losses
-from helpers import BACKEND, KERAS, linear_model, message_of, predictions, to_float
+from helpers import BACKEND, KERAS, WHILE_BUILDING, linear_model, message_of, predictions, to_float
 from lossargs import AttachError, LossArgs, attach, live_args, with_args
 
 pytestmark = pytest.mark.fit
-
-# Before 3.15, Keras hides what is raised while it builds a model in a RuntimeError of that text.
-WHILE_BUILDING = AttachError if KERAS >= (3, 15) else (AttachError, RuntimeError)
 
 
 def variable(value, name="shift", **options):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import vaes
-from helpers import BACKEND
+from helpers import BACKEND, KERAS
 
 pytestmark = pytest.mark.fit
 
@@ -31,6 +31,8 @@ def weights_of(model):
 @pytest.mark.filterwarnings("ignore")  # torch's own, of torch.compile
 @pytest.mark.parametrize("how", HOW)
 def test_vae(how):
+    if how == "compiled" and BACKEND == "torch" and KERAS < (3, 12):
+        pytest.skip("torch.compile fails on any loss of this Keras")
     x, x_test = vaes.data(), vaes.data(16)
     model, loss = vaes.model_and_loss(annealed())
     by_hand = vaes.ByHand(annealed())
