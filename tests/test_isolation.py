@@ -52,10 +52,21 @@ def test_private_names_of_keras_live_in_one_module():
     assert users == {"_keras.py"}
 
 
+def test_one_module_names_backends():
+    users = set()
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.split(".")[0] in ("jax", "tensorflow", "torch") for name in names):
+                users.add(path.name)
+    assert users == {"_autodiff.py"}
+
+
 def test_imports_go_in_one_direction():
     order = [
-        *("_errors", "_keras", "_values", "_function", "_carried", "_bound", "_factory"),
-        *("_adapters", "_layer", "_attach", "__init__"),
+        *("_errors", "_keras", "_autodiff", "_values", "_function", "_carried", "_bound"),
+        *("_factory", "_adapters", "_layer", "_derivatives", "_attach", "__init__"),
     ]
     assert {path.stem for path in PACKAGE.glob("*.py")} == set(order)
     for place, module in enumerate(order):

@@ -2,10 +2,12 @@
 
 from lossargs._adapters import Adapter
 from lossargs._attach import attach, detach, live_args
+from lossargs._derivatives import derivatives, grad
 from lossargs._errors import (
     ArgumentError,
     AttachError,
     BatchError,
+    DerivativeError,
     ImmutableError,
     LossArgsError,
     SavingError,
@@ -21,13 +23,16 @@ __all__ = [
     "ArgumentError",
     "AttachError",
     "BatchError",
+    "DerivativeError",
     "ImmutableError",
     "LossArgs",
     "LossArgsError",
     "SavingError",
     "SignatureError",
     "attach",
+    "derivatives",
     "detach",
+    "grad",
     "live_args",
     "with_args",
 ]

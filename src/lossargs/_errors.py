@@ -28,6 +28,10 @@ class SavingError(LossArgsError, ValueError):
     """A loss cannot be saved so that it loads again, or cannot be loaded."""
 
 
+class DerivativeError(LossArgsError, ValueError):
+    """A derivative does not exist, or the backend cannot take it."""
+
+
 class ImmutableError(LossArgsError, AttributeError):
     """A bound loss was to be changed in place."""
 

@@ -5,14 +5,18 @@ If a Keras release moves one of these names, this is the file to mend, and the o
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
 import keras
+from keras.src.backend.common.global_state import get_global_attribute
+
+# A mask travels on the tensor that it is for.
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 # Before the first step Keras builds the loss with stand-ins, which did not come from the model.
-from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 # What the replicas of `tf.distribute` are given is scaled by their number; logs are not.
@@ -31,10 +35,14 @@ from keras.src.utils.naming import get_object_name
 __all__ = [
     "FunctionLoss",
     "Functional",
+    "Sandbox",
     "above",
+    "calls_above",
     "flat_layers",
+    "get_keras_mask",
     "get_object_name",
     "in_metrics",
+    "in_sharing_scope",
     "in_symbolic_scope",
     "in_training_step",
     "keeps_constructor",
@@ -42,6 +50,7 @@ __all__ = [
     "model_in_use",
     "origin",
     "own_variables",
+    "set_keras_mask",
     "unscale_loss_for_distribution",
     "variables_can_be_assigned",
     "weighted_metrics_in_use",
@@ -51,6 +60,35 @@ __all__ = [
 def variables_can_be_assigned() -> bool:
     """Whether a variable assigned here keeps its value, and is not left holding a traced one."""
     return keras.backend.backend() != "jax" or bool(in_stateless_scope())
+
+
+class Sandbox(keras.StatelessScope):
+    """A scope that keeps for itself what happens to variables, and sees them as they are around it.
+
+    Attributes:
+        updates: The variables assigned in it and their last values, by `id`.
+        losses: What layers called `add_loss` with.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(collect_losses=True)
+        self.updates: dict[int, tuple[keras.Variable, Any]] = {}
+
+    def add_update(self, update: tuple[keras.Variable, Any]) -> None:
+        """Called by a variable that is assigned."""
+        super().add_update(update)
+        self.updates[id(update[0])] = update
+
+    def get_current_value(self, variable: keras.Variable) -> Any:
+        """Called by a variable that is read."""
+        value = super().get_current_value(variable)
+        around = self.original_scope
+        return around.get_current_value(variable) if value is None and around else value
+
+
+def in_sharing_scope() -> bool:
+    """Whether objects are written to a config by which one object, met twice, loads as one."""
+    return get_global_attribute("shared_objects/id_to_config_map") is not None
 
 
 def flat_layers(model: keras.Layer) -> list[keras.Layer]:
@@ -134,25 +172,40 @@ def origin(tensor: keras.KerasTensor) -> tuple[Any, list[keras.KerasTensor]]:
     return operation, operation._inbound_nodes[node].input_tensors
 
 
+def calls_above(tensors: Iterable[keras.KerasTensor], until: Iterable[Any] = ()) -> list[Any]:
+    """The calls that symbolic tensors come from, in the order to make them again.
+
+    Args:
+        tensors: The symbolic tensors.
+        until: Symbolic tensors to stop at.
+
+    Returns:
+        Nodes of Keras's graph, with `operation`, `arguments`, `input_tensors`, and `outputs`.
+    """
+    known = {id(tensor) for tensor in until}
+    calls = []
+    pending = [(tensor, False) for tensor in tensors]
+    while pending:
+        tensor, after_its_inputs = pending.pop()
+        operation, index, _ = vars(tensor)["_keras_history"]
+        call = operation._inbound_nodes[index]
+        if after_its_inputs:
+            calls.append(call)
+        elif id(tensor) not in known and id(call) not in known:
+            known.add(id(call))
+            pending += [(tensor, True), *((given, False) for given in call.input_tensors)]
+    return calls
+
+
 def above(
     tensors: list[keras.KerasTensor],
 ) -> tuple[dict[int, keras.KerasTensor], list[keras.Layer]]:
     """What symbolic tensors are computed from: inputs, by `id`, and all layers at any depth."""
-    inputs: dict[int, keras.KerasTensor] = {}
-    layers: list[keras.Layer] = []
-    seen: set[int] = set()
-    pending = list(tensors)
-    while pending:
-        tensor = pending.pop()
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            operation, given = origin(tensor)
-            pending += given
-            if not given:
-                inputs[id(tensor)] = tensor
-            if isinstance(operation, keras.Layer):
-                layers += flat_layers(operation)
-    return inputs, layers
+    calls = calls_above(tensors)
+    inputs = {id(call.outputs[0]): call.outputs[0] for call in calls if not call.input_tensors}
+    operations = [call.operation for call in calls]
+    layers = [flat_layers(one) for one in operations if isinstance(one, keras.Layer)]
+    return inputs, [layer for some in layers for layer in some]
 
 
 def own_variables(layer: keras.Layer) -> list[keras.Variable]:

@@ -22,7 +22,7 @@ from lossargs._keras import (
     unscale_loss_for_distribution,
     variables_can_be_assigned,
 )
-from lossargs._values import identity, is_live, rebuilt
+from lossargs._values import Slot, identity, is_live, rebuilt
 
 
 class LiveValue(keras.Metric):
@@ -52,13 +52,6 @@ class TrackedLoss(keras.metrics.Mean):
 
     def result(self) -> Any:
         return keras.ops.where(self.count > 0, super().result(), np.nan)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Slot:
-    """Stands in an argument for a live value: the place of its adapter."""
-
-    index: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +150,7 @@ class LossArgs(keras.Layer):
         place = {adapter: index for index, adapter in enumerate(self.adapters)}
 
         def slot(leaf: Any) -> Any:
-            return _Slot(place[adapters[identity(leaf)]]) if is_live(leaf) else leaf
+            return Slot(place[adapters[identity(leaf)]]) if is_live(leaf) else leaf
 
         entries = []
         metrics: dict[tuple[str, Adapter], LiveValue] = {}
@@ -276,7 +269,7 @@ class LossArgs(keras.Layer):
             values.append(adapter.value(sources.get(adapter, tensor), bool(training)))
 
         def filled(leaf: Any) -> Any:
-            return values[leaf.index] if isinstance(leaf, _Slot) else leaf
+            return values[leaf.index] if isinstance(leaf, Slot) else leaf
 
         logged = [values[index] for _, index in self._plan.logged]
         steps = {}

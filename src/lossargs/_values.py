@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -40,6 +40,23 @@ class Saved:
 
     id: str
     shown: str
+
+
+@keras.saving.register_keras_serializable(package="lossargs")
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Stands in arguments for a value that each step fills in: its place in a list of values."""
+
+    index: int
+
+    def get_config(self) -> dict[str, int]:
+        """For Keras to write it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_config(cls, config: dict[str, int]) -> Self:
+        """For Keras to read it."""
+        return cls(**config)
 
 
 def is_live(value: Any) -> bool:

@@ -1,0 +1,300 @@
+"""`grad` and `derivatives`: derivatives of symbolic tensors, as symbolic tensors."""
+
+from collections.abc import Iterable
+from typing import Any, Self
+
+import keras
+
+from lossargs._autodiff import Path, differentiate, has_derivatives
+from lossargs._errors import ArgumentError, DerivativeError, SavingError, listed
+from lossargs._keras import (
+    Sandbox,
+    above,
+    calls_above,
+    get_keras_mask,
+    in_sharing_scope,
+    set_keras_mask,
+)
+from lossargs._values import Slot, show
+
+
+def grad(y: keras.KerasTensor, x: keras.KerasTensor) -> keras.KerasTensor:
+    """The gradient of a symbolic tensor with respect to another, as one more symbolic tensor.
+
+    Pass it to a loss, or use it as any tensor of the graph: for another `grad`, as an output of
+    the model. Its layers are those of `y`, shared.
+
+    Args:
+        y: What is differentiated, floating-point, of any shape. What is summed up over everything
+            but the batch; for one component of several take `y[:, :1]`.
+        x: A `keras.Input`, or a tensor on the way from inputs to `y`, floating-point. What else
+            `y` is computed from is held fast.
+
+    Returns:
+        The gradient of the sum of `y`, with the shape and dtype of `x`. Each sample has its own,
+        unless layers mix the samples of a batch, as batch normalization does.
+
+    Raises:
+        DerivativeError: `y` does not depend on `x`, one of them is not floating-point, or the
+            backend cannot take the derivative.
+        ArgumentError: One of them is not a symbolic tensor.
+
+    Example:
+        The loss of a physics-informed network for the heat equation (Raissi et al., 2019):
+
+        >>> import keras
+        >>> from lossargs import attach, grad, with_args
+        >>> @with_args
+        ... def heat_loss(y_true, y_pred, *, u_t, u_xx):
+        ...     return keras.ops.square(y_true - y_pred) + keras.ops.square(u_t - u_xx)
+        >>> x, t = keras.Input((1,)), keras.Input((1,))
+        >>> hidden = keras.layers.Dense(16, "tanh")(keras.layers.concatenate([x, t]))
+        >>> u = keras.layers.Dense(1)(hidden)
+        >>> loss = heat_loss(u_t=grad(u, t), u_xx=grad(grad(u, x), x))
+        >>> model = keras.Model([x, t], attach(u, loss))
+        >>> model.compile("adam", loss=loss)
+    """
+    return derivatives((y, x))[0]
+
+
+def derivatives(*wanted: Any) -> list[keras.KerasTensor]:
+    """Several derivatives at once, all from one evaluation of the layers that they share.
+
+    On JAX, and with XLA on TensorFlow, the compiler merges what several `grad` compute twice. On
+    PyTorch, and without XLA, this saves it. Where layers are random or keep statistics, it is the
+    one evaluation that all the derivatives are of.
+
+    Args:
+        *wanted: Each a tuple `(y, x, ...)`: the gradient of `y` along `x`, that along the next,
+            and so on; or a tensor `y` by itself, to go on with in place of the first one.
+            All are as for `grad`.
+
+    Returns:
+        A symbolic tensor for each.
+
+    Raises:
+        DerivativeError: As for `grad`; or a tensor to differentiate along depends on another one.
+        ArgumentError: Something is not a symbolic tensor.
+
+    Example:
+        >>> import keras
+        >>> from lossargs import derivatives
+        >>> x, t = keras.Input((1,)), keras.Input((1,))
+        >>> hidden = keras.layers.Dense(16, "tanh")(keras.layers.concatenate([x, t]))
+        >>> u = keras.layers.Dense(1)(hidden)
+        >>> u, u_t, u_xx = derivatives(u, (u, t), (u, x, x))
+    """
+    paths = [one if isinstance(one, tuple) else (one,) for one in wanted]
+    for tensor in (tensor for path in paths for tensor in (path or [None])):
+        if not isinstance(tensor, keras.KerasTensor):
+            raise ArgumentError(
+                f"A derivative was to be taken of, or along, {tensor!r}. grad(y, x) takes symbolic "
+                "tensors, with which a model is made: a keras.Input, and what layers give for it; "
+                "derivatives() takes these, and tuples (y, x, ...) of them."
+            )
+    if not has_derivatives():
+        raise DerivativeError(
+            f"Keras's backend {keras.backend.backend()!r} cannot differentiate, so that grad() "
+            "cannot either. Set KERAS_BACKEND to 'tensorflow', 'jax' or 'torch'."
+        )
+    ys = _distinct(path[0] for path in paths)
+    xs = _distinct(x for path in paths for x in path[1:])
+    _check(paths, ys, xs)
+    places = {id(x): place for place, x in enumerate(xs)}
+    y_places = {id(y): place for place, y in enumerate(ys)}
+    layer, inputs = _layer_between(
+        xs, ys, [(y_places[id(y)], tuple(places[id(x)] for x in along)) for y, *along in paths]
+    )
+    return list(layer(inputs))
+
+
+def _distinct(tensors: Iterable[Any]) -> list[Any]:
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def _check(paths: list[tuple[Any, ...]], ys: list[Any], xs: list[Any]) -> None:
+    for tensor in (*ys, *xs):
+        if not keras.backend.is_float_dtype(tensor.dtype):
+            raise DerivativeError(
+                f"{show(tensor)} is {tensor.dtype}, and only what is floating-point can be "
+                "differentiated, and along. Make the input a float one, "
+                "keras.Input(shape, dtype='float32'), or differentiate along what a layer, an "
+                "Embedding say, makes of it."
+            )
+    for x in xs:
+        others = [other for other in xs if other is not x]
+        used = {id(given) for call in calls_above([x], others) for given in call.input_tensors}
+        for other in others:
+            if id(other) in used:
+                raise DerivativeError(
+                    f"{show(x)} is computed from {show(other)}, and what derivatives() "
+                    "differentiates along are independent variables. Take them one after another, "
+                    "by grad()."
+                )
+    for y, *along in paths:
+        for x in along:
+            _check_dependence(y, x)
+
+
+def _check_dependence(y: Any, x: Any) -> None:
+    calls = calls_above([y])
+    if y is x or any(given is x for call in calls for given in call.input_tensors):
+        return
+    of_y, of_x = (above([tensor])[0] for tensor in (y, x))
+    names = listed(tensor.name for tensor in of_y.values())
+    if of_y.keys() & of_x.keys():
+        raise DerivativeError(
+            f"y, {show(y)}, is not computed from x, {show(x)}: its derivative would be zero. It is "
+            f"computed from the inputs {names}, on a way on which x is not."
+        )
+    raise DerivativeError(
+        f"y, {show(y)}, and x, {show(x)}, are tensors of two graphs: y is computed from the inputs "
+        f"{names}, and x is, or is computed from, {listed(t.name for t in of_x.values())}. Let y "
+        "be what the network gives for this x, y = network(x), and not network.output."
+    )
+
+
+def _layer_between(
+    xs: list[Any], ys: list[Any], paths: list[Path]
+) -> tuple["Derivatives", list[Any]]:
+    """The layer of derivatives, and the tensors that it is to be called with."""
+    depends = {id(x) for x in xs}
+    between = []
+    for call in calls_above(ys, until=xs):
+        if any(id(given) in depends for given in call.input_tensors):
+            between.append(call)
+            depends |= {id(output) for output in call.outputs}
+    given = [tensor for call in between for tensor in call.input_tensors]
+    fixed = _distinct(tensor for tensor in (*given, *ys) if id(tensor) not in depends)
+    inputs = [*xs, *fixed]
+    made = [tensor for call in between for tensor in call.outputs]
+    # An `x` that is made on the way, beside another result of its layer, is still the one given.
+    slots = {id(tensor): Slot(place) for place, tensor in enumerate([*inputs, *made])}
+    slots |= {id(tensor): Slot(place) for place, tensor in enumerate(inputs)}
+
+    def slot(leaf: Any) -> Any:
+        return slots[id(leaf)] if isinstance(leaf, keras.KerasTensor) else leaf
+
+    operations = _distinct(call.operation for call in between)
+    place = {id(operation): place for place, operation in enumerate(operations)}
+    calls = [
+        keras.tree.map_structure(
+            slot, (place[id(c.operation)], c.arguments.args, c.arguments.kwargs)
+        )
+        for c in between
+    ]
+    results = [slots[id(y)].index for y in ys]
+    return Derivatives(operations, calls, results, len(xs), paths), inputs
+
+
+@keras.saving.register_keras_serializable(package="lossargs")
+class Derivatives(keras.Layer):
+    """Derivatives of what layers compute, which it calls again as they were called in a graph.
+
+    Args:
+        operations: The layers and operations.
+        calls: What is called, one after another: the place of the operation, its arguments and
+            keyword arguments, with a `Slot` for each tensor: those that this layer is called with,
+            then those that the calls give.
+        results: The slots of what is differentiated.
+        along: How many of the tensors that this layer is called with are differentiated along;
+            these are the first ones.
+        paths: The derivatives, of results along tensors, by their places.
+        **kwargs: Those of `keras.layers.Layer`.
+    """
+
+    def __init__(
+        self,
+        operations: list[Any],
+        calls: list[Any],
+        results: list[int],
+        along: int,
+        paths: list[Path],
+        **kwargs: Any,
+    ) -> None:
+        # No mixed policy, and nothing is cast: each layer inside sees to that itself.
+        super().__init__(**{**kwargs, "dtype": keras.config.floatx(), "autocast": False})
+        self.supports_masking = True
+        self.operations = operations  # for Keras to find the layers
+        self._program = (tuple(calls), tuple(results), along, tuple(paths))
+        self._trainable_checked = False
+
+    def replay(self, values: list[Any]) -> list[Any]:
+        """What is differentiated, computed from the tensors that this layer is called with."""
+        calls, results, _, _ = self._program
+        values = list(values)
+
+        def filled(leaf: Any) -> Any:
+            return values[leaf.index] if isinstance(leaf, Slot) else leaf
+
+        for place, *arguments in calls:
+            filled_in: Any = keras.tree.map_structure(filled, arguments)
+            args, kwargs = filled_in
+            values += keras.tree.flatten(self.operations[place](*args, **kwargs))
+        return [values[place] for place in results]
+
+    def call(self, inputs: list[Any], training: bool | None = None) -> list[Any]:
+        """The derivatives, for the tensors that are differentiated along and all others."""
+        _, _, along, paths = self._program
+        xs, fixed = inputs[:along], inputs[along:]
+        masks = [get_keras_mask(x) for x in xs]
+
+        def function(xs: list[Any]) -> tuple[list[Any], Sandbox]:
+            for x, mask in zip(xs, masks, strict=True):
+                if mask is not None:
+                    set_keras_mask(x, mask)
+            with Sandbox() as sandbox:
+                return self.replay([*xs, *fixed]), sandbox
+
+        wanted = list(paths)
+        if training and not self._trainable_checked:
+            # To train, what is wanted will be differentiated once more: if it cannot, say so here.
+            wanted += [(y, (*path, path[-1])) for y, path in paths if path]
+        try:
+            values, sandbox = differentiate(function, xs, wanted)
+        except Exception as error:
+            function(xs)  # what fails without derivatives too says so by itself
+            names = [one.name for one in self.operations if isinstance(one, keras.Layer)]
+            raise DerivativeError(
+                f"{keras.backend.backend()} cannot take a derivative through the layers "
+                f"{listed(names)}, of order {max(len(path) for _, path in wanted)}"
+                f"{', which training needs' if len(wanted) > len(paths) else ''}: {error} "
+                f"({type(error).__name__}). Use others, whose operations can be differentiated "
+                "that often on this backend."
+            ) from error
+        self._trainable_checked |= bool(training)
+        if any(not path for _, path in paths):
+            # The layers are evaluated here, and maybe nowhere else.
+            for variable, value in sandbox.updates.values():
+                variable.assign(value)
+            for loss in sandbox.losses:
+                self.add_loss(loss)
+        return [values[path] for path in paths]
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
+        """None: a derivative has no mask."""
+
+    def get_config(self) -> dict[str, Any]:
+        calls, results, along, paths = self._program
+        return {
+            **super().get_config(),
+            "operations": list(self.operations),
+            "calls": list(calls),
+            "results": list(results),
+            "along": along,
+            "paths": [list(path) for path in paths],
+            "shared": in_sharing_scope(),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        if not config.pop("shared"):
+            raise SavingError(
+                "A model with derivatives cannot be made again from its config alone, as "
+                "keras.models.clone_model does: the layers that are differentiated would be other "
+                "ones than those of the model. Save and load it, or copy it by copy.deepcopy."
+            )
+        loaded = keras.saving.deserialize_keras_object
+        operations, calls = loaded(config.pop("operations")), loaded(config.pop("calls"))
+        paths = [(y, tuple(path)) for y, path in config.pop("paths")]
+        return cls(operations, calls, paths=paths, **config)
