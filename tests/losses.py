@@ -107,3 +107,8 @@ def gaussian(y_true, y_pred, *, log_var):
 @with_args
 def both(y_true, y_pred, *, first, second, factor):
     return first(y_true, y_pred) + factor * second(y_true, y_pred)
+
+
+@with_args
+def equation(y_true, y_pred, *, u_t, u_xx):
+    return ops.square(y_true - y_pred) + ops.square(u_t - 0.5 * u_xx)

@@ -55,7 +55,7 @@ def size_of_train_step(model, batch):
             self.count += 1
             return function(*args, **(kwargs or {}))
 
-    tensors = tuple(torch.as_tensor(array) for array in batch)
+    tensors = keras.tree.map_structure(torch.as_tensor, batch)
     model.train_step(tensors)  # what happens once only
     with Counter() as counter:
         model.train_step(tensors)

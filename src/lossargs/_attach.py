@@ -7,6 +7,7 @@ import keras
 
 from lossargs._adapters import Adapter
 from lossargs._bound import BoundLoss
+from lossargs._derivatives import undifferentiated
 from lossargs._errors import AttachError, listed, nearest
 from lossargs._keras import (
     Functional,
@@ -95,7 +96,8 @@ def detach(model: keras.Model) -> keras.Model:
         model: A Functional or Sequential model.
 
     Returns:
-        A model of the same layers, not compiled; the same model if nothing is attached.
+        A model of the same layers, not compiled; the same model if nothing is attached. An output
+        that `derivatives` gave is computed without the derivatives.
 
     Raises:
         AttachError: The layer cannot be taken out of a model of this class, or it is in a model
@@ -121,7 +123,7 @@ def detach(model: keras.Model) -> keras.Model:
             "work with it."
         )
     inputs, outputs = model.input, model.output
-    outputs = keras.tree.map_structure(_before, outputs)
+    outputs = keras.tree.map_structure(lambda y: undifferentiated(_before(y)), outputs)
     used, _ = above(keras.tree.flatten(outputs))
     if isinstance(inputs, dict):
         inputs = {name: tensor for name, tensor in inputs.items() if id(tensor) in used}

@@ -8,6 +8,8 @@ from typing import Any
 
 import keras
 
+from lossargs._keras import in_symbolic_scope
+
 # A derivative: the place of what is differentiated among the results of a function, and the places
 # of what it is differentiated along, one after another, among its arguments.
 Path = tuple[int, tuple[int, ...]]
@@ -51,24 +53,39 @@ def _tensorflow(function: Function, xs: list[Any], paths: list[Path]) -> tuple[V
 def _jax(function: Function, xs: list[Any], paths: list[Path]) -> tuple[Values, Any]:
     import jax  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
-    def derivative(y: int, path: tuple[int, ...]) -> Callable[[list[Any]], Any]:
-        if not path:
-            return lambda xs: function(xs)[0][y]
-        lower, x = derivative(y, path[:-1]), path[-1]
+    plan = _plan(paths)
 
-        def value(xs: list[Any]) -> Any:
-            result, pull_back = jax.vjp(lambda new: lower([*xs[:x], new, *xs[x + 1 :]]), xs[x])
-            return pull_back(keras.ops.ones_like(result))[0]
+    def up_to(order: int) -> Callable[[list[Any]], tuple[Values, Any]]:
+        if order == 0:
+
+            def results(xs: list[Any]) -> tuple[Values, Any]:
+                ys, aside = function(xs)
+                return {(place, ()): y for place, y in enumerate(ys)}, aside
+
+            return results
+
+        def value(xs: list[Any]) -> tuple[Values, Any]:
+            # As `jax.vjp`, but what all derivatives need is computed, and differentiated, once.
+            values, push_forward, aside = jax.linearize(up_to(order - 1), xs, has_aux=True)
+            for (y, path), along in plan.items():
+                if len(path) == order - 1:
+
+                    def push_this(dxs: list[Any], of: Path = (y, path)) -> Any:
+                        return push_forward(dxs)[of]
+
+                    pull_back = jax.linear_transpose(push_this, xs)
+                    (slopes,) = pull_back(keras.ops.ones_like(values[y, path]))
+                    values |= {(y, (*path, x)): slopes[x] for x in along}
+            return values, aside
 
         return value
 
-    # What is computed more than once, XLA merges.
-    ys, aside = function(xs) if any(not path for _, path in paths) else ([], None)
-    values: Values = {(place, ()): y for place, y in enumerate(ys)}
-    return values | {(y, path): derivative(y, path)(xs) for y, path in paths if path}, aside
+    return up_to(max(len(path) for _, path in paths))(xs)
 
 
-def _torch(function: Function, xs: list[Any], paths: list[Path]) -> tuple[Values, Any]:
+def _torch(
+    function: Function, xs: list[Any], paths: list[Path], *, probing: bool = False
+) -> tuple[Values, Any]:
     import torch  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
     plan = _plan(paths)
@@ -79,35 +96,68 @@ def _torch(function: Function, xs: list[Any], paths: list[Path]) -> tuple[Values
         ys, aside = function(xs)
         values: Values = {(place, ()): y for place, y in enumerate(ys)}
         for (y, path), along in plan.items():
-            value = values[y, path]
-            slopes = (
-                torch.autograd.grad(
+            value, sources = values[y, path], [xs[x] for x in along]
+            slopes: Any = [None] * len(along)
+            if value.requires_grad:
+                slopes = torch.autograd.grad(
                     value,
-                    [xs[x] for x in along],
-                    torch.ones_like(value),
+                    sources,
+                    # By requiring a gradient, what can be differentiated only once is made to show.
+                    torch.ones_like(value, requires_grad=probing or in_symbolic_scope()),
                     create_graph=recording or any((y, (*path, x)) in plan for x in along),
                     retain_graph=True,
                     allow_unused=True,
-                    materialize_grads=True,
                 )
-                if value.requires_grad
-                else [torch.zeros_like(xs[x]) for x in along]
-            )
-            values |= {(y, (*path, x)): slope for x, slope in zip(along, slopes, strict=True)}
+                if any(slope is None for slope in slopes):
+                    _refuse_cut_graph(value)
+            for x, source, slope in zip(along, sources, slopes, strict=True):
+                values[y, (*path, x)] = torch.zeros_like(source) if slope is None else slope
     if not recording:
         values = {path: value.detach() for path, value in values.items()}
     return values, aside
 
 
-def _torch_uncompiled(function: Function, xs: list[Any], paths: list[Path]) -> tuple[Values, Any]:
+def _refuse_cut_graph(value: Any) -> None:
+    """Fail if a zero derivative may be due to a function that can be differentiated only once."""
+    pending, seen = [value.grad_fn], {None}
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            pending += [before for before, _ in node.next_functions]
+            if type(node).__name__ == "Error":  # which `once_differentiable` leaves
+                raise RuntimeError("a function marked with @once_differentiable is in the way")
+
+
+def _torch_uncompiled(
+    function: Function, xs: list[Any], paths: list[Path], *, probing: bool = False
+) -> tuple[Values, Any]:
     import torch  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
     # What `torch.compile` makes has no second derivative.
     body = torch.compiler.disable(_torch) if torch.compiler.is_compiling() else _torch
-    return body(function, xs, paths)
+    return body(function, xs, paths, probing=probing)
+
+
+def _probe_tensorflow(function: Function, xs: list[Any], paths: list[Path]) -> None:
+    import tensorflow as tf  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
+
+    probe = tf.function(lambda: _tensorflow(function, xs, paths)[0], autograph=False)
+    probe.get_concrete_function()
+
+
+def _probe_jax(function: Function, xs: list[Any], paths: list[Path]) -> None:
+    import jax  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
+
+    jax.eval_shape(lambda xs: _jax(function, xs, paths)[0], xs)
+
+
+def _probe_torch(function: Function, xs: list[Any], paths: list[Path]) -> None:
+    _torch_uncompiled(function, xs, paths, probing=True)
 
 
 _BODIES = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch_uncompiled}
+_PROBES = {"tensorflow": _probe_tensorflow, "jax": _probe_jax, "torch": _probe_torch}
 
 
 def has_derivatives() -> bool:
@@ -120,13 +170,17 @@ def differentiate(function: Function, xs: list[Any], paths: list[Path]) -> tuple
 
     Args:
         function: Takes a list of tensors and gives a list of tensors, which are differentiated,
-            and anything aside. It may be called more than once.
+            and tensors aside.
         xs: The tensors, floating-point.
         paths: The derivatives to take. Each is the gradient of the sum of what it differentiates,
             which for the samples of a batch is each one's own; it can be differentiated further.
 
     Returns:
-        The values by their paths, and among them maybe others; and what the function gave aside,
-        if one of the paths is a result itself.
+        The values by their paths, and among them maybe others; and what the function gave aside.
     """
     return _BODIES[keras.backend.backend()](function, xs, paths)
+
+
+def probe(function: Function, xs: list[Any], paths: list[Path]) -> None:
+    """Fail as `differentiate` would, and leave nothing in the program of the step."""
+    _PROBES[keras.backend.backend()](function, xs, paths)

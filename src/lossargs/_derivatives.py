@@ -1,16 +1,19 @@
 """`grad` and `derivatives`: derivatives of symbolic tensors, as symbolic tensors."""
 
+import inspect
 from collections.abc import Iterable
 from typing import Any, Self
 
 import keras
 
-from lossargs._autodiff import Path, differentiate, has_derivatives
+from lossargs._autodiff import Path, differentiate, has_derivatives, probe
 from lossargs._errors import ArgumentError, DerivativeError, SavingError, listed
 from lossargs._keras import (
+    LayerOfOthers,
     Sandbox,
     above,
     calls_above,
+    compute_output_spec,
     get_keras_mask,
     in_sharing_scope,
     set_keras_mask,
@@ -187,8 +190,17 @@ def _layer_between(
     return Derivatives(operations, calls, results, len(xs), paths), inputs
 
 
+def undifferentiated(tensor: keras.KerasTensor) -> keras.KerasTensor:
+    """A tensor that `derivatives` gave to go on with, as it was before; others as they are."""
+    call = calls_above([tensor])[-1]
+    if not isinstance(call.operation, Derivatives):
+        return tensor
+    y, path = call.operation.paths[[id(output) for output in call.outputs].index(id(tensor))]
+    return tensor if path else call.operation.replay(call.input_tensors)[y]
+
+
 @keras.saving.register_keras_serializable(package="lossargs")
-class Derivatives(keras.Layer):
+class Derivatives(LayerOfOthers):
     """Derivatives of what layers compute, which it calls again as they were called in a graph.
 
     Args:
@@ -216,10 +228,22 @@ class Derivatives(keras.Layer):
         super().__init__(**{**kwargs, "dtype": keras.config.floatx(), "autocast": False})
         self.supports_masking = True
         self.operations = operations  # for Keras to find the layers
+        # As in a Functional model: each layer that can, is told whether this is training.
+        self._take_training = [
+            isinstance(one, keras.Layer) and "training" in inspect.signature(one.call).parameters
+            for one in operations
+        ]
         self._program = (tuple(calls), tuple(results), along, tuple(paths))
+        # The layers are evaluated here, and maybe nowhere else, if one result is passed on.
+        self.adds_losses = any(not path for _, path in paths)
         self._trainable_checked = False
 
-    def replay(self, values: list[Any]) -> list[Any]:
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The derivatives that this layer gives."""
+        return self._program[-1]
+
+    def replay(self, values: list[Any], training: bool | None = None) -> list[Any]:
         """What is differentiated, computed from the tensors that this layer is called with."""
         calls, results, _, _ = self._program
         values = list(values)
@@ -230,6 +254,8 @@ class Derivatives(keras.Layer):
         for place, *arguments in calls:
             filled_in: Any = keras.tree.map_structure(filled, arguments)
             args, kwargs = filled_in
+            if training is not None and self._take_training[place]:
+                kwargs["training"] = training
             values += keras.tree.flatten(self.operations[place](*args, **kwargs))
         return [values[place] for place in results]
 
@@ -239,37 +265,47 @@ class Derivatives(keras.Layer):
         xs, fixed = inputs[:along], inputs[along:]
         masks = [get_keras_mask(x) for x in xs]
 
-        def function(xs: list[Any]) -> tuple[list[Any], Sandbox]:
+        variables: list[keras.Variable] = []
+
+        def function(xs: list[Any]) -> tuple[list[Any], Any]:
             for x, mask in zip(xs, masks, strict=True):
                 if mask is not None:
                     set_keras_mask(x, mask)
-            with Sandbox() as sandbox:
-                return self.replay([*xs, *fixed]), sandbox
+            with Sandbox(collect_losses=self.adds_losses) as sandbox:
+                ys = self.replay([*xs, *fixed], training)
+            variables[:] = [variable for variable, _ in sandbox.updates.values()]
+            return ys, ([value for _, value in sandbox.updates.values()], sandbox.losses)
 
-        wanted = list(paths)
-        if training and not self._trainable_checked:
-            # To train, what is wanted will be differentiated once more: if it cannot, say so here.
-            wanted += [(y, (*path, path[-1])) for y, path in paths if path]
         try:
-            values, sandbox = differentiate(function, xs, wanted)
+            values, (updates, losses) = differentiate(function, xs, list(paths))
+            assigned = list(variables)
+            if training and not self._trainable_checked:
+                probe(function, xs, [(y, (*path, path[-1])) for y, path in paths if path])
+                self._trainable_checked = True
         except Exception as error:
             function(xs)  # what fails without derivatives too says so by itself
             names = [one.name for one in self.operations if isinstance(one, keras.Layer)]
+            # Without training, it would have failed when this layer was put into the graph.
+            order = max(len(path) for _, path in paths) + bool(training)
             raise DerivativeError(
-                f"{keras.backend.backend()} cannot take a derivative through the layers "
-                f"{listed(names)}, of order {max(len(path) for _, path in wanted)}"
-                f"{', which training needs' if len(wanted) > len(paths) else ''}: {error} "
-                f"({type(error).__name__}). Use others, whose operations can be differentiated "
-                "that often on this backend."
+                f"{keras.backend.backend()} cannot take a derivative of order {order}"
+                f"{', which training needs,' if training else ''} through the layers "
+                f"{listed(names)}: {error} ({type(error).__name__}). Use others, whose operations "
+                "can be differentiated that often on this backend."
             ) from error
-        self._trainable_checked |= bool(training)
-        if any(not path for _, path in paths):
-            # The layers are evaluated here, and maybe nowhere else.
-            for variable, value in sandbox.updates.values():
+        if self.adds_losses:
+            for variable, value in zip(assigned, updates, strict=True):
                 variable.assign(value)
-            for loss in sandbox.losses:
+            for loss in losses:
                 self.add_loss(loss)
         return [values[path] for path in paths]
+
+    def compute_output_spec(self, inputs: list[Any], training: bool | None = None) -> list[Any]:
+        """Shape and dtype of the derivatives, found out by taking them."""
+        # Keras calls the product of a tensor and a number sparse, which it is not.
+        dense = [keras.KerasTensor(one.shape, one.dtype) for one in inputs]
+        results: Any = compute_output_spec(self.call, dense, training=training)
+        return list(results)
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
         """None: a derivative has no mask."""

@@ -10,6 +10,9 @@ from types import FrameType
 from typing import Any
 
 import keras
+
+# What a layer gives for symbolic tensors, found out by calling it.
+from keras.src.backend import compute_output_spec
 from keras.src.backend.common.global_state import get_global_attribute
 
 # A mask travels on the tensor that it is for.
@@ -35,9 +38,11 @@ from keras.src.utils.naming import get_object_name
 __all__ = [
     "FunctionLoss",
     "Functional",
+    "LayerOfOthers",
     "Sandbox",
     "above",
     "calls_above",
+    "compute_output_spec",
     "flat_layers",
     "get_keras_mask",
     "get_object_name",
@@ -70,8 +75,8 @@ class Sandbox(keras.StatelessScope):
         losses: What layers called `add_loss` with.
     """
 
-    def __init__(self) -> None:
-        super().__init__(collect_losses=True)
+    def __init__(self, *, collect_losses: bool) -> None:
+        super().__init__(collect_losses=collect_losses)
         self.updates: dict[int, tuple[keras.Variable, Any]] = {}
 
     def add_update(self, update: tuple[keras.Variable, Any]) -> None:
@@ -84,6 +89,21 @@ class Sandbox(keras.StatelessScope):
         value = super().get_current_value(variable)
         around = self.original_scope
         return around.get_current_value(variable) if value is None and around else value
+
+
+class LayerOfOthers(keras.Layer):
+    """A layer that calls layers of which the model it is in calls some too, as its own.
+
+    Attributes:
+        adds_losses: Whether this layer adds the losses of those it calls, as Keras expects it.
+    """
+
+    adds_losses = False
+
+    def _clear_losses(self) -> None:
+        """What Keras does before a call of a layer, which would drop losses of calls elsewhere."""
+        if self.adds_losses:
+            super()._clear_losses()
 
 
 def in_sharing_scope() -> bool:

@@ -1,0 +1,231 @@
+"""First and second derivatives of a network: lossargs beside a model written for one backend.
+
+The step is that of a physics-informed network: u, u_x, u_t, u_xx and u_tt of a perceptron of x and
+t, which all go into the loss. By hand, `call` takes the derivatives with the backend's own tools,
+from one evaluation of the network. lossargs takes them by `derivatives(u, (u, x), ...)`, or by
+`grad` for each. All run in one process, by turns, in `fit`:
+
+    python bench_derivatives.py --backend jax --json jax.json
+
+Written are, for each form, the ratio of its step time to that by hand, the median and quartiles
+of paired turns; and what the step is: instructions and temporary memory of JAX's optimized
+program; nodes of TensorFlow's graph; operators that torch runs.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PARSER = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+PARSER.add_argument("--backend", choices=("jax", "tensorflow", "torch"))
+PARSER.add_argument("--turns", type=int, default=30, help="default: %(default)s")
+PARSER.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there")
+
+if __name__ == "__main__":
+    OPTIONS = PARSER.parse_args()
+    if OPTIONS.backend:  # before Keras is imported: it cannot change its backend afterwards
+        os.environ["KERAS_BACKEND"] = OPTIONS.backend
+
+import keras  # noqa: E402 - only now is its backend chosen
+from keras import layers, ops  # noqa: E402
+
+from lossargs import attach, derivatives, grad, with_args  # noqa: E402
+
+BACKEND = keras.backend.backend()
+STEPS = 20  # of a turn
+# Depth, width, batch: so small that only overhead is left; a usual one; one that computes.
+SIZES = {"tiny": (2, 8, 16), "usual": (4, 64, 1024), "large": (4, 256, 4096)}
+
+
+def residual(u: Any, u_x: Any, u_t: Any, u_xx: Any, u_tt: Any) -> Any:
+    return ops.square(u_tt - u_xx + 0.1 * (u_t + u_x) + u)
+
+
+@with_args
+def equation(y_true, y_pred, *, u_x, u_t, u_xx, u_tt):
+    return ops.square(y_true - y_pred) + residual(y_pred, u_x, u_t, u_xx, u_tt)
+
+
+def equation_by_hand(y_true, y_pred):
+    u = y_pred[:, :1]
+    return ops.square(y_true - u) + residual(u, *ops.split(y_pred[:, 1:], 4, axis=1))
+
+
+def network(depth: int, width: int) -> keras.Sequential:
+    keras.utils.set_random_seed(0)
+    hidden = [layers.Dense(width, "tanh") for _ in range(depth)]
+    return keras.Sequential([keras.Input((2,)), *hidden, layers.Dense(1)])
+
+
+class ByHand(keras.Model):
+    """u and its derivatives side by side, by the backend's own tools."""
+
+    def __init__(self, net: keras.Sequential) -> None:
+        super().__init__()
+        self.net = net
+
+    def call(self, inputs):
+        u, u_x, u_t, u_xx, u_tt = globals()[f"by_{BACKEND}"](self.net, *inputs)
+        return ops.concatenate([u, u_x, u_t, u_xx, u_tt], axis=1)
+
+
+def by_tensorflow(net, x, t):
+    import tensorflow as tf
+
+    with tf.GradientTape(persistent=True) as second:
+        second.watch([x, t])
+        with tf.GradientTape() as first:
+            first.watch([x, t])
+            u = net(tf.concat([x, t], 1))
+        u_x, u_t = first.gradient(u, [x, t])
+    return u, u_x, u_t, second.gradient(u_x, x), second.gradient(u_t, t)
+
+
+def by_jax(net, x, t):
+    import jax
+    import jax.numpy as jnp
+
+    def u(x, t):
+        return net(jnp.concatenate([x, t], 1))
+
+    def first(x, t):
+        value, pull_back = jax.vjp(u, x, t)
+        return value, *pull_back(jnp.ones_like(value))
+
+    ones = jnp.ones_like(x)
+    value, u_x, u_t = first(x, t)
+    u_xx = jax.vjp(lambda x: first(x, t)[1], x)[1](ones)[0]
+    u_tt = jax.vjp(lambda t: first(x, t)[2], t)[1](ones)[0]
+    return value, u_x, u_t, u_xx, u_tt
+
+
+def by_torch(net, x, t):
+    import torch
+
+    recording = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x, t = (tensor.detach().requires_grad_() for tensor in (x, t))
+        u = net(torch.cat([x, t], 1))
+        ones = torch.ones_like(u)
+        u_x, u_t = torch.autograd.grad(u, [x, t], ones, create_graph=True)
+        (u_xx,) = torch.autograd.grad(u_x, [x], ones, create_graph=recording, retain_graph=True)
+        (u_tt,) = torch.autograd.grad(u_t, [t], ones, create_graph=recording)
+    return u, u_x, u_t, u_xx, u_tt
+
+
+def by_hand(depth: int, width: int) -> tuple[keras.Model, Any]:
+    return ByHand(network(depth, width)), equation_by_hand
+
+
+def by_lossargs(depth: int, width: int, *, at_once: bool) -> tuple[keras.Model, Any]:
+    x, t = keras.Input((1,)), keras.Input((1,))
+    u = network(depth, width)(ops.concatenate([x, t], axis=1))
+    if at_once:
+        u, u_x, u_t, u_xx, u_tt = derivatives(u, (u, x), (u, t), (u, x, x), (u, t, t))
+    else:
+        u_x, u_t = grad(u, x), grad(u, t)
+        u_xx, u_tt = grad(u_x, x), grad(u_t, t)
+    loss = equation(u_x=u_x, u_t=u_t, u_xx=u_xx, u_tt=u_tt)
+    return keras.Model([x, t], attach(u, loss)), loss
+
+
+FORMS = {
+    "by hand": by_hand,
+    "derivatives": lambda depth, width: by_lossargs(depth, width, at_once=True),
+    "grad for each": lambda depth, width: by_lossargs(depth, width, at_once=False),
+}
+MODES = {"jax": {"jit": {}}, "torch": {"eager": {}}}
+MODES["tensorflow"] = {"XLA": {"jit_compile": True}, "graph": {"jit_compile": False}}
+
+
+def program(model: keras.Model, batch: Any) -> dict[str, int]:
+    """What a step of training is."""
+    if BACKEND == "jax":
+        import jax
+
+        state = model._get_jax_state(
+            trainable_variables=True, non_trainable_variables=True,
+            optimizer_variables=True, metrics_variables=True,
+        )  # fmt: skip
+        compiled = jax.jit(model.train_step).lower(state, batch).compile()
+        instructions = sum(" = " in line for line in compiled.as_text().splitlines())
+        memory = compiled.memory_analysis().temp_size_in_bytes
+        return {"instructions": instructions, "temporary bytes": memory}
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        function = tf.function(model.train_step, autograph=False)
+        graph = function.get_concrete_function(tf.nest.map_structure(tf.constant, batch)).graph
+        definition = graph.as_graph_def()
+        inner = sum(len(function.node_def) for function in definition.library.function)
+        return {"nodes": len(definition.node) + inner}
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counter(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += 1
+            return function(*args, **(kwargs or {}))
+
+    with Counter() as counter:
+        model.train_step(keras.tree.map_structure(torch.as_tensor, batch))
+    return {"operators": counter.count}
+
+
+def compare(size: str, mode: str, turns: int) -> dict[str, Any]:
+    """Each form's step time as a ratio to that by hand, and its program."""
+    depth, width, batch = SIZES[size]
+    rng = np.random.default_rng(0)
+    points = rng.uniform(-1, 1, (2, STEPS * batch, 1)).astype("float32")
+    data = ([*points], np.sin(3 * points[0]))
+    models: dict[str, keras.Model] = {}
+    expected: list[float] = []
+    for name, form in FORMS.items():
+        model, loss = form(depth, width)
+        model.compile(keras.optimizers.Adam(1e-3), loss=loss, **MODES[BACKEND][mode])
+        history = model.fit(*data, batch_size=batch, shuffle=False, epochs=2, verbose=0).history
+        if models:
+            np.testing.assert_allclose(history["loss"], expected, rtol=1e-3)
+        expected = history["loss"]
+        models[name] = model
+    times: dict[str, list[float]] = {name: [] for name in FORMS}
+    for turn in range(turns):
+        for name in sorted(FORMS, reverse=bool(turn % 2)):
+            start = time.perf_counter()
+            models[name].fit(*data, batch_size=batch, shuffle=False, verbose=0)
+            times[name].append((time.perf_counter() - start) / STEPS)
+    first = keras.tree.map_structure(lambda array: array[:batch], data)
+    results: dict[str, Any] = {}
+    for name in FORMS:
+        ratios = [a / b for a, b in zip(times[name], times["by hand"], strict=True)]
+        lower, median, upper = statistics.quantiles(ratios, n=4)
+        results[name] = {
+            "milliseconds": 1000 * statistics.median(times[name]),
+            "ratio": median, "lower quartile": lower, "upper quartile": upper,
+            **program(models[name], first),
+        }  # fmt: skip
+        print(size, mode, name, results[name], flush=True)
+    return results
+
+
+def main(options: argparse.Namespace) -> None:
+    results = {
+        f"{size}, {mode}": compare(size, mode, options.turns)
+        for size in SIZES
+        for mode in MODES[BACKEND]
+    }
+    if options.json:
+        record = {"backend": BACKEND, "keras": keras.__version__, "sizes": SIZES}
+        options.json.write_text(json.dumps(record | {"results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(OPTIONS)
