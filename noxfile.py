@@ -24,6 +24,8 @@ MINIMUM_KERAS = next(
 )
 TRAINING_BACKENDS = ("tensorflow", "jax", "torch")
 MNIST_RESULTS = Path("build/mnist")
+EXAMPLES = ("vae", "heat_equation", "wgan_gp")
+BENCH_RESULTS = Path("build/bench")
 EXAMPLE_RESULTS = Path("build/examples")
 SHIFTS = (10, 5)
 
@@ -161,12 +163,34 @@ def mnist_report(session: nox.Session) -> None:
 @nox.session
 @each_training_backend
 def examples(session: nox.Session, backend: str) -> None:
-    """Train the VAE example on one backend; `-- --plot docs/vae.png` draws it for the README."""
+    """Run the examples on one backend, each with a picture; one of them by `-- vae`, say."""
     install(session, backend, "examples")
     EXAMPLE_RESULTS.mkdir(parents=True, exist_ok=True)
-    result = EXAMPLE_RESULTS / f"vae-{backend}"
+    wanted, options = session.posargs[:1], session.posargs[1:]
+    for name in wanted or EXAMPLES:
+        result = EXAMPLE_RESULTS / f"{name}-{backend}"
+        session.run(
+            "python", f"examples/{name}.py", f"--backend={backend}",
+            f"--json={result}.json", f"--plot={result}.png", *options,
+            env={"TF_CPP_MIN_LOG_LEVEL": "3"},
+        )  # fmt: skip
+
+
+@nox.session(default=False)
+@each_training_backend
+def bench(session: nox.Session, backend: str) -> None:
+    """Measure lossargs beside the hand-written way on one backend, in minutes."""
+    install(session, backend)
+    BENCH_RESULTS.mkdir(parents=True, exist_ok=True)
     session.run(
-        "python", "examples/vae.py", f"--backend={backend}",
-        f"--json={result}.json", f"--plot={result}.png", *session.posargs,
+        "python", "benchmarks/bench_derivatives.py", f"--backend={backend}",
+        f"--json={BENCH_RESULTS / f'derivatives-{backend}.json'}", *session.posargs,
         env={"TF_CPP_MIN_LOG_LEVEL": "3"},
     )  # fmt: skip
+
+
+@nox.session(default=False)
+def bench_report(session: nox.Session) -> None:
+    """Write what `bench` measured into benchmarks/README.md."""
+    results = [str(path) for path in sorted(BENCH_RESULTS.glob("derivatives-*.json"))]
+    session.run("python", "benchmarks/report.py", *results, "--readme=benchmarks/README.md")

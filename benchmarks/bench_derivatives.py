@@ -15,8 +15,10 @@ program; nodes of TensorFlow's graph; operators that torch runs.
 import argparse
 import json
 import os
+import platform
 import statistics
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import numpy as np
 
 PARSER = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 PARSER.add_argument("--backend", choices=("jax", "tensorflow", "torch"))
-PARSER.add_argument("--turns", type=int, default=30, help="default: %(default)s")
+PARSER.add_argument("--turns", type=int, default=20, help="default: %(default)s")
 PARSER.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there")
 
 if __name__ == "__main__":
@@ -40,7 +42,7 @@ from lossargs import attach, derivatives, grad, with_args  # noqa: E402
 BACKEND = keras.backend.backend()
 STEPS = 20  # of a turn
 # Depth, width, batch: so small that only overhead is left; a usual one; one that computes.
-SIZES = {"tiny": (2, 8, 16), "usual": (4, 64, 1024), "large": (4, 256, 4096)}
+SIZES = {"tiny": (2, 8, 16), "usual": (4, 32, 256), "large": (4, 128, 1024)}
 
 
 def residual(u: Any, u_x: Any, u_t: Any, u_xx: Any, u_tt: Any) -> Any:
@@ -209,22 +211,33 @@ def compare(size: str, mode: str, turns: int) -> dict[str, Any]:
         lower, median, upper = statistics.quantiles(ratios, n=4)
         results[name] = {
             "milliseconds": 1000 * statistics.median(times[name]),
-            "ratio": median, "lower quartile": lower, "upper quartile": upper,
+            "ratio": median, "quartiles": (lower, upper),
             **program(models[name], first),
         }  # fmt: skip
         print(size, mode, name, results[name], flush=True)
     return results
 
 
-def main(options: argparse.Namespace) -> None:
-    results = {
-        f"{size}, {mode}": compare(size, mode, options.turns)
-        for size in SIZES
-        for mode in MODES[BACKEND]
+def machine() -> dict[str, Any]:
+    """What the numbers were measured with."""
+    versions = {name: metadata.version(name) for name in ("keras", "numpy")}
+    distribution = {"tensorflow": "tensorflow-cpu"}.get(BACKEND, BACKEND)
+    return {
+        "backend": BACKEND,
+        "versions": versions | {BACKEND: metadata.version(distribution)},
+        "python": platform.python_version(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
     }
+
+
+def main(options: argparse.Namespace) -> None:
+    results = {}
+    for size in SIZES:
+        for mode in MODES[BACKEND]:
+            results[f"{size}, {mode}"] = compare(size, mode, options.turns)
     if options.json:
-        record = {"backend": BACKEND, "keras": keras.__version__, "sizes": SIZES}
-        options.json.write_text(json.dumps(record | {"results": results}, indent=2) + "\n")
+        record = {**machine(), "turns": options.turns, "sizes": SIZES, "results": results}
+        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -179,6 +179,12 @@ def test_what_does_not_depend_is_not_computed_again():
     assert sorted(calls) == ["beside", "between"]
 
 
+def test_nothing_to_differentiate():
+    x, t = inputs()
+    assert derivatives() == []
+    assert derivatives(x, (t,)) == [x, t]
+
+
 def test_derivatives_that_are_zero():
     x, t = inputs()
     model = keras.Model([x, t], [grad(grad(x * t, t), t), grad(ops.stop_gradient(t) * x, t)])
@@ -267,6 +273,9 @@ def test_own_precision_of_what_is_differentiated_along():
     np.testing.assert_array_equal(value, np.full((3, 2), [0.5, 2.0]))
 
 
+@pytest.mark.skipif(
+    BACKEND == "torch" and KERAS < (3, 15), reason="masked pooling changes its input there"
+)
 def test_mask_of_what_is_differentiated_along():
     words = keras.Input((4,), dtype="int32")
     vectors = keras.layers.Embedding(5, 3, mask_zero=True)(words)
@@ -373,7 +382,7 @@ def test_layers_stay_shared_with_the_rest(tmp_path):
     x, t = inputs()
     hidden = keras.layers.Dense(4, name="first")(joined(x, t))
     u = keras.layers.Dense(1, name="second")(ops.tanh(hidden))
-    beside = keras.Model([x, t], [u, grad(u, x), keras.layers.Dense(1)(hidden)])
+    beside = keras.Model([x, t], [u, grad(u[:, :1], x), keras.layers.Dense(1)(hidden)])
     beside.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     loaded.save(tmp_path / "again.keras")
@@ -529,7 +538,7 @@ def test_error_of_a_layer_without_a_derivative():
     y = Opaque(0, name="opaque")(x)
     message = fails(DerivativeError, (y, x))
     assert "Could not automatically infer" not in message
-    assert f"{BACKEND} cannot take a derivative of order 1 through the layers 'opaque'" in message
+    assert f"{BACKEND} cannot take a derivative of order 1 through 'opaque': " in message
 
 
 def test_error_of_a_layer_without_a_second_derivative():

@@ -1,5 +1,6 @@
 """`grad` and `derivatives`: derivatives of symbolic tensors, as symbolic tensors."""
 
+import dataclasses
 import inspect
 from collections.abc import Iterable
 from typing import Any, Self
@@ -18,7 +19,7 @@ from lossargs._keras import (
     in_sharing_scope,
     set_keras_mask,
 )
-from lossargs._values import Slot, show
+from lossargs._values import Slot, rebuilt, show
 
 
 def grad(y: keras.KerasTensor, x: keras.KerasTensor) -> keras.KerasTensor:
@@ -63,9 +64,9 @@ def grad(y: keras.KerasTensor, x: keras.KerasTensor) -> keras.KerasTensor:
 def derivatives(*wanted: Any) -> list[keras.KerasTensor]:
     """Several derivatives at once, all from one evaluation of the layers that they share.
 
-    On JAX, and with XLA on TensorFlow, the compiler merges what several `grad` compute twice. On
-    PyTorch, and without XLA, this saves it. Where layers are random or keep statistics, it is the
-    one evaluation that all the derivatives are of.
+    By `grad` for each, the layers are evaluated anew each time: compilers merge the evaluations,
+    yet not all that training makes of them, and eager PyTorch merges nothing. Where layers are
+    random, the derivatives are of one and the same draw only here.
 
     Args:
         *wanted: Each a tuple `(y, x, ...)`: the gradient of `y` along `x`, that along the next,
@@ -103,6 +104,8 @@ def derivatives(*wanted: Any) -> list[keras.KerasTensor]:
     ys = _distinct(path[0] for path in paths)
     xs = _distinct(x for path in paths for x in path[1:])
     _check(paths, ys, xs)
+    if not xs:
+        return [y for (y,) in paths]
     places = {id(x): place for place, x in enumerate(xs)}
     y_places = {id(y): place for place, y in enumerate(ys)}
     layer, inputs = _layer_between(
@@ -181,9 +184,7 @@ def _layer_between(
     operations = _distinct(call.operation for call in between)
     place = {id(operation): place for place, operation in enumerate(operations)}
     calls = [
-        keras.tree.map_structure(
-            slot, (place[id(c.operation)], c.arguments.args, c.arguments.kwargs)
-        )
+        (place[id(c.operation)], rebuilt(c.arguments.args, slot), rebuilt(c.arguments.kwargs, slot))
         for c in between
     ]
     results = [slots[id(y)].index for y in ys]
@@ -197,6 +198,16 @@ def undifferentiated(tensor: keras.KerasTensor) -> keras.KerasTensor:
         return tensor
     y, path = call.operation.paths[[id(output) for output in call.outputs].index(id(tensor))]
     return tensor if path else call.operation.replay(call.input_tensors)[y]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """What the layer is made of, apart, so that Keras does not wrap it for tracking."""
+
+    calls: list[Any]
+    results: list[int]
+    along: int
+    paths: list[Path]
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
@@ -233,38 +244,35 @@ class Derivatives(LayerOfOthers):
             isinstance(one, keras.Layer) and "training" in inspect.signature(one.call).parameters
             for one in operations
         ]
-        self._program = (tuple(calls), tuple(results), along, tuple(paths))
+        self._program = _Program(calls, results, along, paths)
         # The layers are evaluated here, and maybe nowhere else, if one result is passed on.
         self.adds_losses = any(not path for _, path in paths)
         self._trainable_checked = False
 
     @property
-    def paths(self) -> tuple[Path, ...]:
+    def paths(self) -> list[Path]:
         """The derivatives that this layer gives."""
-        return self._program[-1]
+        return self._program.paths
 
     def replay(self, values: list[Any], training: bool | None = None) -> list[Any]:
         """What is differentiated, computed from the tensors that this layer is called with."""
-        calls, results, _, _ = self._program
         values = list(values)
 
         def filled(leaf: Any) -> Any:
             return values[leaf.index] if isinstance(leaf, Slot) else leaf
 
-        for place, *arguments in calls:
-            filled_in: Any = keras.tree.map_structure(filled, arguments)
-            args, kwargs = filled_in
+        for place, args, kwargs in self._program.calls:
+            named = rebuilt(kwargs, filled)
             if training is not None and self._take_training[place]:
-                kwargs["training"] = training
-            values += keras.tree.flatten(self.operations[place](*args, **kwargs))
-        return [values[place] for place in results]
+                named["training"] = training
+            values += keras.tree.flatten(self.operations[place](*rebuilt(args, filled), **named))
+        return [values[place] for place in self._program.results]
 
     def call(self, inputs: list[Any], training: bool | None = None) -> list[Any]:
         """The derivatives, for the tensors that are differentiated along and all others."""
-        _, _, along, paths = self._program
+        along, paths = self._program.along, self.paths
         xs, fixed = inputs[:along], inputs[along:]
         masks = [get_keras_mask(x) for x in xs]
-
         variables: list[keras.Variable] = []
 
         def function(xs: list[Any]) -> tuple[list[Any], Any]:
@@ -277,21 +285,21 @@ class Derivatives(LayerOfOthers):
             return ys, ([value for _, value in sandbox.updates.values()], sandbox.losses)
 
         try:
-            values, (updates, losses) = differentiate(function, xs, list(paths))
+            values, (updates, losses) = differentiate(function, xs, paths)
             assigned = list(variables)
             if training and not self._trainable_checked:
                 probe(function, xs, [(y, (*path, path[-1])) for y, path in paths if path])
                 self._trainable_checked = True
         except Exception as error:
             function(xs)  # what fails without derivatives too says so by itself
-            names = [one.name for one in self.operations if isinstance(one, keras.Layer)]
+            names = listed(one.name for one in self.operations)
             # Without training, it would have failed when this layer was put into the graph.
             order = max(len(path) for _, path in paths) + bool(training)
             raise DerivativeError(
                 f"{keras.backend.backend()} cannot take a derivative of order {order}"
-                f"{', which training needs,' if training else ''} through the layers "
-                f"{listed(names)}: {error} ({type(error).__name__}). Use others, whose operations "
-                "can be differentiated that often on this backend."
+                f"{', which training needs,' if training else ''} through {names}: {error} "
+                f"({type(error).__name__}). Use layers and operations that can be differentiated "
+                "that often on this backend."
             ) from error
         if self.adds_losses:
             for variable, value in zip(assigned, updates, strict=True):
@@ -311,14 +319,10 @@ class Derivatives(LayerOfOthers):
         """None: a derivative has no mask."""
 
     def get_config(self) -> dict[str, Any]:
-        calls, results, along, paths = self._program
         return {
             **super().get_config(),
+            **vars(self._program),
             "operations": list(self.operations),
-            "calls": list(calls),
-            "results": list(results),
-            "along": along,
-            "paths": [list(path) for path in paths],
             "shared": in_sharing_scope(),
         }
 
