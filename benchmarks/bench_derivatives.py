@@ -13,12 +13,12 @@ program; nodes of TensorFlow's graph; operators that torch runs.
 """
 
 import argparse
+import importlib
 import json
 import os
 import platform
 import statistics
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -220,11 +220,10 @@ def compare(size: str, mode: str, turns: int) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured with."""
-    versions = {name: metadata.version(name) for name in ("keras", "numpy")}
-    distribution = {"tensorflow": "tensorflow-cpu"}.get(BACKEND, BACKEND)
+    versions = {"keras": keras.__version__, "numpy": np.__version__}
     return {
         "backend": BACKEND,
-        "versions": versions | {BACKEND: metadata.version(distribution)},
+        "versions": versions | {BACKEND: importlib.import_module(BACKEND).__version__},
         "python": platform.python_version(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
     }

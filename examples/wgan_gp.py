@@ -46,7 +46,7 @@ from keras import layers, ops  # noqa: E402
 
 from lossargs import attach, grad, with_args  # noqa: E402
 
-NOISE, SPREAD, BATCH, STEPS = 2, 0.1, 256, 100
+NOISE, SPREAD, BATCH, STEPS = 8, 0.1, 256, 100
 ANGLES = np.arange(8) * np.pi / 4
 CENTRES = np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1)
 
@@ -111,8 +111,7 @@ def compiled_gan(steps: int) -> keras.Model:
     terms = [distance(fake_score=fake_score), penalty(slope=slope)]  # for the log
     model = keras.Model(real, attach(critic(real), loss, track=terms))
     rate = keras.optimizers.schedules.PolynomialDecay(2e-3, steps, 1e-5)
-    adam = keras.optimizers.Adam(rate, beta_1=0.5, beta_2=0.9, use_ema=True)
-    model.compile(adam, loss=loss)
+    model.compile(keras.optimizers.Adam(rate, beta_1=0.5, beta_2=0.9), loss=loss)
     return model
 
 

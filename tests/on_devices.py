@@ -19,14 +19,15 @@ import keras  # noqa: E402 - only now is the number of devices set
 import numpy as np  # noqa: E402
 from keras import ops  # noqa: E402
 
-from lossargs import attach, live_args, with_args  # noqa: E402
+from lossargs import attach, grad, live_args, with_args  # noqa: E402
 
 
 @with_args
-def everything(y_true, y_pred, constant, *, live, schedule, trained, code, adv):  # noqa: PLR0913
+def everything(y_true, y_pred, constant, *, live, schedule, trained, code, adv, slope):  # noqa: PLR0913
     error = ops.mean(ops.square(y_true - y_pred), axis=-1)
     likelihood = 0.5 * (ops.exp(-trained) * error + trained)
-    return likelihood + constant + live * adv + schedule * ops.mean(ops.square(code), axis=-1)
+    penalty = schedule * ops.mean(ops.square(code), axis=-1) + ops.mean(ops.square(slope), axis=-1)
+    return likelihood + constant + live * adv + penalty
 
 
 @with_args
@@ -68,6 +69,7 @@ def main():
             trained=keras.Variable(0.5, name="trained"),
             code=code,
             adv=adv,
+            slope=grad(ops.tanh(y), x),
         )
         model = keras.Model([x, adv], attach(y, loss, track=[code_size(code=code)]))
         model.compile(keras.optimizers.SGD(0.1), loss=loss)

@@ -11,7 +11,7 @@ import pytest
 from keras import ops
 
 import losses
-from helpers import BACKEND, KERAS, message_of, run_python
+from helpers import BACKEND, KERAS, TESTS, message_of, run_python
 from lossargs import (
     ArgumentError,
     DerivativeError,
@@ -393,6 +393,24 @@ def test_layers_stay_shared_with_the_rest(tmp_path):
             layer.set_weights([np.ones_like(weight) for weight in layer.get_weights()])
         _, slope, _ = model.predict([X, T], verbose=0)
         np.testing.assert_allclose(slope, 4 / np.cosh(X + T + 1) ** 2, rtol=1e-4)
+
+
+@pytest.mark.skipif(KERAS < (3, 15), reason="written by Keras 3.15, whose layers have more in them")
+@pytest.mark.parametrize("written_on", ["jax", "tensorflow", "torch"])
+def test_models_written_on_other_backends(written_on):
+    path = TESTS / "models" / f"derivatives-{written_on}.keras"
+    model = keras.saving.load_model(path, compile=False)
+    inner, inner_bias, outer, bias = (np.linspace(-1, 1, size) for size in (8, 4, 8, 2))
+
+    def u(x, t):
+        hidden = np.tanh(np.hstack([x, t]) @ inner.reshape(2, 4) + inner_bias)
+        return hidden @ outer.reshape(4, 2)[:, :1] + bias[0]
+
+    values = model.predict([X, T], verbose=0)
+    np.testing.assert_allclose(values["u"], u(X, T), atol=1e-5)
+    np.testing.assert_allclose(values["again"], u(X, T), atol=1e-5)
+    np.testing.assert_allclose(values["u_xt"], difference(u, X, T, "xt"), atol=1e-4)
+    assert len(model.weights) == 4
 
 
 def test_copies_and_clones():

@@ -18,12 +18,12 @@ BACKEND = keras.backend.backend()
 STEPS = 40  # of an epoch
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """The script in a process of its own."""
+def run(*arguments: str | Path, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
+    """A script in a process of its own."""
     source = Path(lossargs.__file__).parents[1]
     path = os.pathsep.join(filter(None, [str(source), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
-        [sys.executable, *map(str, [SCRIPT, *arguments])],
+        [sys.executable, *map(str, [script, *arguments])],
         env={**os.environ, "PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "3"},
         capture_output=True,
         encoding="utf-8",

@@ -90,6 +90,7 @@ def _torch(
 
     plan = _plan(paths)
     recording = torch.is_grad_enabled()
+    careful = probing or in_symbolic_scope()
     with torch.enable_grad():  # also when evaluating
         # Two of them may be one tensor.
         xs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in xs]
@@ -103,12 +104,12 @@ def _torch(
                     value,
                     sources,
                     # By requiring a gradient, what can be differentiated only once is made to show.
-                    torch.ones_like(value, requires_grad=probing or in_symbolic_scope()),
+                    torch.ones_like(value, requires_grad=careful),
                     create_graph=recording or any((y, (*path, x)) in plan for x in along),
                     retain_graph=True,
                     allow_unused=True,
                 )
-                if any(slope is None for slope in slopes):
+                if careful and any(slope is None for slope in slopes):
                     _refuse_cut_graph(value)
             for x, source, slope in zip(along, sources, slopes, strict=True):
                 values[y, (*path, x)] = torch.zeros_like(source) if slope is None else slope

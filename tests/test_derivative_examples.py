@@ -1,0 +1,46 @@
+"""`examples/heat_equation.py` and `examples/wgan_gp.py`, run as a reader would run them."""
+
+import json
+
+import pytest
+
+from test_vae import BACKEND, SCRIPT, run
+
+pytestmark = pytest.mark.fit
+
+
+def finished(name, epochs, folder):
+    """What a short run writes, prints and exits with."""
+    files = ["--json", folder / "run.json", "--plot", folder / "run.png"]
+    script = SCRIPT.with_name(f"{name}.py")
+    result = run(
+        "--backend", BACKEND, "--epochs", str(epochs), "--seed", "3", *files, script=script
+    )
+    assert (folder / "run.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((folder / "run.json").read_text(encoding="utf-8")), result
+
+
+def test_heat_equation(tmp_path):
+    pytest.importorskip("matplotlib")
+    record, result = finished("heat_equation", 8, tmp_path)
+    history = record["history"]
+    assert set(history) == {"loss", "residual"}
+    assert history["loss"][-1] < history["loss"][0] / 4
+    assert record["relative_l2_error"] < 0.1
+    solved = record["max_error"] < 1e-2
+    assert (result.returncode == 0) == solved
+    assert ("it did not solve the equation" in result.stderr) != solved
+    assert "loaded: predictions differ by 0 at most" in result.stdout
+
+
+def test_wgan_gp(tmp_path):
+    pytest.importorskip("matplotlib")
+    record, result = finished("wgan_gp", 2, tmp_path)
+    assert set(record["history"]) == {"loss", "distance", "penalty"}
+    assert len(record["shares"]) == 8
+    learned = sum(record["shares"]) > 0.8 and min(record["shares"]) > 0.05
+    assert (result.returncode == 0) == learned
+    assert ("it did not learn" in result.stderr) != learned
+    first = {name: values[0] for name, values in record["history"].items()}
+    assert first["loss"] == pytest.approx(0.1 * first["penalty"] - first["distance"], rel=1e-3)
+    assert "loaded: generated points differ by 0 at most" in result.stdout
