@@ -1,7 +1,6 @@
 """`grad` and `derivatives`: derivatives of symbolic tensors, as symbolic tensors."""
 
 import dataclasses
-import inspect
 from collections.abc import Iterable
 from typing import Any, Self
 
@@ -239,11 +238,6 @@ class Derivatives(LayerOfOthers):
         super().__init__(**{**kwargs, "dtype": keras.config.floatx(), "autocast": False})
         self.supports_masking = True
         self.operations = operations  # for Keras to find the layers
-        # As in a Functional model: each layer that can, is told whether this is training.
-        self._take_training = [
-            isinstance(one, keras.Layer) and "training" in inspect.signature(one.call).parameters
-            for one in operations
-        ]
         self._program = _Program(calls, results, along, paths)
         # The layers are evaluated here, and maybe nowhere else, if one result is passed on.
         self.adds_losses = any(not path for _, path in paths)
@@ -263,9 +257,10 @@ class Derivatives(LayerOfOthers):
 
         for place, args, kwargs in self._program.calls:
             named = rebuilt(kwargs, filled)
-            if training is not None and self._take_training[place]:
-                named["training"] = training
-            values += keras.tree.flatten(self.operations[place](*rebuilt(args, filled), **named))
+            if training is not None and "training" in named:
+                named["training"] = training  # as a Functional model does
+            results = self.operations[place](*rebuilt(args, filled), **named)
+            values += [results] if keras.ops.is_tensor(results) else keras.tree.flatten(results)
         return [values[place] for place in self._program.results]
 
     def call(self, inputs: list[Any], training: bool | None = None) -> list[Any]:

@@ -100,6 +100,10 @@ class LayerOfOthers(keras.Layer):
 
     adds_losses = False
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._convert_input_args = False  # each layer that it calls does that
+
     def _clear_losses(self) -> None:
         """What Keras does before a call of a layer, which would drop losses of calls elsewhere."""
         if self.adds_losses:
