@@ -163,11 +163,11 @@ def mnist_report(session: nox.Session) -> None:
 @nox.session
 @each_training_backend
 def examples(session: nox.Session, backend: str) -> None:
-    """Run the examples on one backend, each with a picture; one of them by `-- vae`, say."""
+    """Run the examples on one backend; `-- vae --plot docs/vae.png` draws one for the README."""
     install(session, backend, "examples")
     EXAMPLE_RESULTS.mkdir(parents=True, exist_ok=True)
-    wanted, options = session.posargs[:1], session.posargs[1:]
-    for name in wanted or EXAMPLES:
+    options = [argument for argument in session.posargs if argument not in EXAMPLES]
+    for name in [name for name in EXAMPLES if name in session.posargs] or EXAMPLES:
         result = EXAMPLE_RESULTS / f"{name}-{backend}"
         session.run(
             "python", f"examples/{name}.py", f"--backend={backend}",
