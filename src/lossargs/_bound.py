@@ -1,6 +1,7 @@
 """A loss function with its extra arguments bound: an ordinary, immutable Keras loss."""
 
 import itertools
+import math
 import threading
 import uuid
 import weakref
@@ -24,9 +25,11 @@ from lossargs._function import LossFunction, registered
 from lossargs._keras import (
     FunctionLoss,
     flat_layers,
+    get_keras_mask,
     in_metrics,
     in_symbolic_scope,
     model_in_use,
+    reduce_weighted_values,
     weighted_metrics_in_use,
 )
 from lossargs._values import (
@@ -220,7 +223,30 @@ class BoundLoss(keras.losses.Loss):
         args = self._in_force(y_pred, batch, extra)
         if args is None:
             return keras.ops.zeros((), dtype=self.dtype)
-        return self._evaluation(args, y_pred, sample_weight)(y_true, y_pred, sample_weight)
+        evaluation = self._evaluation(args, y_pred, sample_weight)
+        if keras.backend.backend() == "torch" and sample_weight is None:
+            return self._evaluated_eagerly(evaluation, y_true, y_pred)
+        return evaluation(y_true, y_pred, sample_weight)
+
+    def _evaluated_eagerly(self, evaluation: FunctionLoss, y_true: Any, y_pred: Any) -> Any:
+        """What `evaluation(y_true, y_pred)` gives, in fewer steps if nothing is out of the ordinary.
+
+        What Keras does around a loss for the other cases, compilers take out again. PyTorch does it
+        in each step, where it takes longer than a small loss computes.
+        """
+        are_tensors = keras.ops.is_tensor(y_true) and keras.ops.is_tensor(y_pred)
+        if not are_tensors or get_keras_mask(y_pred) is not None:
+            return evaluation(y_true, y_pred)
+        convert = keras.ops.convert_to_tensor
+        true, pred = convert(y_true, dtype=self.dtype), convert(y_pred, dtype=self.dtype)
+        same_rank = len(true.shape) == len(pred.shape)
+        values = (evaluation.fn if same_rank else evaluation.call)(true, pred)
+        mask = get_keras_mask(values)
+        values = convert(values, dtype=self.dtype)
+        size = math.prod(values.shape)
+        if self.reduction == "sum_over_batch_size" and mask is None and size:
+            return keras.ops.sum(values) / size
+        return reduce_weighted_values(values, mask=mask, reduction=self.reduction, dtype=self.dtype)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """The loss of each sample, before weights and reduction."""

@@ -22,8 +22,9 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 # Before the first step Keras builds the loss with stand-ins, which did not come from the model.
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
-# What the replicas of `tf.distribute` are given is scaled by their number; logs are not.
-from keras.src.losses.loss import unscale_loss_for_distribution
+# How Keras makes one number of the losses of the samples; what the replicas of `tf.distribute` are
+# given is scaled by their number, and logs are not.
+from keras.src.losses.loss import reduce_weighted_values, unscale_loss_for_distribution
 
 # What Keras makes of a plain function given to `compile(loss=...)`: rank squeezing, masks, weights
 # and reductions. Evaluating through it is what makes a bound loss equal to such a function.
@@ -55,7 +56,9 @@ __all__ = [
     "model_in_use",
     "origin",
     "own_variables",
+    "reduce_weighted_values",
     "set_keras_mask",
+    "training_in_use",
     "unscale_loss_for_distribution",
     "variables_can_be_assigned",
     "weighted_metrics_in_use",
@@ -144,6 +147,11 @@ def model_in_use() -> Any:
     """The model that is being built, trained or evaluated, or `None`."""
     frame = _frame_of_model("_symbolic_build", "train_step", "test_step")
     return None if frame is None else frame.f_locals["self"]
+
+
+def training_in_use() -> bool | None:
+    """The `training` argument of the layer or model that is being called, if it has one."""
+    return getattr(get_global_attribute("current_call_ctx"), "training", None)
 
 
 def in_training_step() -> bool:

@@ -19,6 +19,7 @@ from lossargs._keras import (
     metric_names,
     model_in_use,
     own_variables,
+    training_in_use,
     unscale_loss_for_distribution,
     variables_can_be_assigned,
 )
@@ -237,6 +238,11 @@ class LossArgs(keras.Layer):
             )
         # In one dict: by itself, `mask` would be a mask to Keras.
         given = {**(given or {}), **named}
+        if keras.backend.backend() == "torch" and not isinstance(y_pred, keras.KerasTensor):
+            # Nothing of what Keras does around a call concerns this layer, and on PyTorch it is
+            # done in each step, where it takes longer than a small layer computes.
+            training = training_in_use() if training is None else training
+            return self.call(y_pred, tensors, given, training)
         arguments = (
             (y_pred, tensors, given) if given else (y_pred, tensors) if tensors else (y_pred,)
         )

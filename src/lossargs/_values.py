@@ -199,8 +199,8 @@ def hand_on(value: Any, dtype: str) -> Any:
             return leaf
         if isinstance(leaf, np.ndarray) or keras.ops.is_tensor(leaf):
             own = keras.backend.standardize_dtype(leaf.dtype)
-            is_float = keras.backend.is_float_dtype(own)
-            return keras.ops.convert_to_tensor(leaf, dtype=dtype if is_float else None)
+            cast = own != dtype and keras.backend.is_float_dtype(own)
+            return keras.ops.convert_to_tensor(leaf, dtype=dtype if cast else None)
         return leaf
 
     return rebuilt(value, convert)
