@@ -229,7 +229,7 @@ class BoundLoss(keras.losses.Loss):
         return evaluation(y_true, y_pred, sample_weight)
 
     def _evaluated_eagerly(self, evaluation: FunctionLoss, y_true: Any, y_pred: Any) -> Any:
-        """What `evaluation(y_true, y_pred)` gives, in fewer steps if nothing is out of the ordinary.
+        """What `evaluation(y_true, y_pred)` gives, in fewer steps where there are no masks.
 
         What Keras does around a loss for the other cases, compilers take out again. PyTorch does it
         in each step, where it takes longer than a small loss computes.

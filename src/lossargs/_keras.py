@@ -11,8 +11,9 @@ from typing import Any
 
 import keras
 
-# What a layer gives for symbolic tensors, found out by calling it.
-from keras.src.backend import compute_output_spec
+# What a layer gives for symbolic tensors, found out by calling it; and the scope in which variables
+# are read in the precision of a layer, or, with `None`, in their own.
+from keras.src.backend import AutocastScope, compute_output_spec
 from keras.src.backend.common.global_state import get_global_attribute
 
 # A mask travels on the tensor that it is for.
@@ -37,6 +38,7 @@ from keras.src.models.functional import Functional
 from keras.src.utils.naming import get_object_name
 
 __all__ = [
+    "AutocastScope",
     "FunctionLoss",
     "Functional",
     "LayerOfOthers",

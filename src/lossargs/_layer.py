@@ -13,6 +13,7 @@ from lossargs._bound import SAMPLE_WEIGHT, BoundLoss, serve
 from lossargs._carried import Step, carry
 from lossargs._errors import AttachError, SavingError, listed, nearest
 from lossargs._keras import (
+    AutocastScope,
     flat_layers,
     in_symbolic_scope,
     in_training_step,
@@ -239,10 +240,11 @@ class LossArgs(keras.Layer):
         # In one dict: by itself, `mask` would be a mask to Keras.
         given = {**(given or {}), **named}
         if keras.backend.backend() == "torch" and not isinstance(y_pred, keras.KerasTensor):
-            # Nothing of what Keras does around a call concerns this layer, and on PyTorch it is
-            # done in each step, where it takes longer than a small layer computes.
+            # All else that Keras does around a call does not concern this layer, and on PyTorch it
+            # is done in each step, where it takes longer than a small layer computes.
             training = training_in_use() if training is None else training
-            return self.call(y_pred, tensors, given, training)
+            with AutocastScope(None):
+                return self.call(y_pred, tensors, given, training)
         arguments = (
             (y_pred, tensors, given) if given else (y_pred, tensors) if tensors else (y_pred,)
         )
