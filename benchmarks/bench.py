@@ -1,0 +1,242 @@
+"""lossargs beside what one would write without it, on one backend.
+
+    python bench.py --backend jax --json jax.json
+
+In one process and by turns: the time of a step of training, and what the step is; a change of a
+value; binding; and how the cost of live arguments grows. `--only steps` measures one of these.
+"""
+
+import argparse
+import functools
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import timeit
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+PARSER = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+PARSER.add_argument("--backend", choices=("jax", "tensorflow", "torch"))
+PARSER.add_argument("--turns", type=int, default=20, help="default: %(default)s")
+PARSER.add_argument("--only", choices=("steps", "changes", "binding", "growth"))
+PARSER.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there")
+
+if __name__ == "__main__":
+    OPTIONS = PARSER.parse_args()
+    if OPTIONS.backend:  # before Keras is imported: it cannot change its backend afterwards
+        os.environ["KERAS_BACKEND"] = OPTIONS.backend
+
+import keras  # noqa: E402 - only now is its backend chosen
+import numpy as np  # noqa: E402
+from cases import (  # noqa: E402
+    CASES,
+    CONSTANT,
+    LIVE,
+    Case,
+    closure,
+    compute_loss,
+    live,
+    perceptron,
+    random_data,
+    squared,
+)
+from measuring import BACKEND, MODES, paired_times, program, ratio, step_times, write  # noqa: E402
+
+from lossargs import live_args, with_args  # noqa: E402
+
+
+def made(ways: dict[str, Any], case: Case, mode: dict[str, Any]) -> dict[str, keras.Model]:
+    """The models, each trained for a moment; all have to come to the same loss."""
+    models: dict[str, keras.Model] = {}
+    data = case.data(2 * case.batch)
+    expected = None
+    for name, way in ways.items():
+        keras.utils.set_random_seed(0)
+        model = way(case)
+        model.compile(model.optimizer, loss=model.loss, **mode)
+        history = model.fit(*data, batch_size=case.batch, shuffle=False, epochs=2, verbose=0)
+        expected = expected or history.history["loss"]
+        np.testing.assert_allclose(history.history["loss"], expected, rtol=1e-3)
+        models[name] = model
+    return models
+
+
+def compared(ways: dict[str, Any], case: Case, mode: dict[str, Any], turns: int) -> dict[str, Any]:
+    """Times and programs, beside those of the first of the ways."""
+    models = made(ways, case, mode)
+    data = case.data(case.steps * case.batch)
+    results = step_times(models, data, case.batch, turns, base=next(iter(ways)))
+    first = keras.tree.map_structure(lambda array: array[: case.batch], data)
+    return {name: numbers | program(models[name], first) for name, numbers in results.items()}
+
+
+def steps(turns: int) -> dict[str, Any]:
+    """A step of training with a constant, and with live arguments."""
+    results: dict[str, Any] = {}
+    for name, case in CASES.items():
+        for mode, options in MODES.items():
+            for kind, ways in (("constant", CONSTANT), ("live", LIVE)):
+                numbers = compared(ways, case, options, turns)
+                results.setdefault(name, {}).setdefault(mode, {})[kind] = numbers
+                print(name, mode, kind, {way: one["ratio"] for way, one in numbers.items()})
+    return results
+
+
+def changes(turns: int) -> dict[str, Any]:
+    """A new value: assigned and one step made; or compiled in, and one step made."""
+    case = CASES["MLP"]
+    batch = case.data(case.batch)
+    ours, recompiled = live(case), closure(case)
+    weight = live_args(ours)["weights_0"]
+    values = iter(range(1_000_000))
+
+    def step() -> None:
+        ours.train_on_batch(*batch)
+
+    def assign() -> None:
+        weight.assign(float(next(values)))
+        ours.train_on_batch(*batch)
+
+    def compile_again() -> None:
+        shift = float(next(values))
+        recompiled.compile("sgd", loss=lambda y, z: case.error(y, z) + shift)
+        recompiled.train_on_batch(*batch)
+
+    actions = {"step": step, "assign": assign, "compile again": compile_again}
+    for action in actions.values():
+        action()
+    times = paired_times(actions, turns)
+    results = {name: ratio(times[name], times["step"]) for name in actions}
+    if BACKEND != "torch":  # where the loss runs in each step
+        results["traces for 100 changes"] = traces(100)
+    print(results)
+    return results
+
+
+def traces(number: int) -> int:
+    """How often the loss is traced while its argument is assigned that many times."""
+    calls = 0
+    original = CASES["tiny"]
+
+    def counted(y_true, y_pred):
+        nonlocal calls
+        calls += 1
+        return original.error(y_true, y_pred)
+
+    case = Case(
+        original.network, counted, original.penalty, original.data, original.batch, original.steps
+    )
+    model = live(case)
+    batch = case.data(case.batch)
+    model.train_on_batch(*batch)
+    assert calls
+    calls = 0
+    for value in range(number):
+        live_args(model)["weights_0"].assign(float(value))
+        model.train_on_batch(*batch)
+    return calls
+
+
+def binding(turns: int) -> dict[str, Any]:
+    """Making a loss of a factory, beside `functools.partial`; and importing the package."""
+
+    def shifted(y_true, y_pred, shift):
+        return y_true - y_pred + shift
+
+    factory = with_args(shifted)
+    values = iter(range(100_000_000))
+    kept = factory(-1)
+    number = 1000
+    times = paired_times(
+        {
+            "functools.partial": lambda: timeit.timeit(
+                lambda: functools.partial(shifted, shift=next(values)), number=number
+            ),
+            "bound again": lambda: timeit.timeit(lambda: factory(-1), number=number),
+            "bound to a new value": lambda: timeit.timeit(
+                lambda: factory(next(values)), number=number
+            ),
+        },
+        turns,
+    )
+    assert factory(-1) is kept
+    results: dict[str, Any] = {
+        name: {"microseconds": 1e6 * statistics.median(one) / number} for name, one in times.items()
+    }
+    gc.collect()
+    tracemalloc.start()
+    for value in range(1000):  # what is kept once only
+        factory(-2 - value)
+    gc.collect()
+    before, _ = tracemalloc.get_traced_memory()
+    for value in range(100_000):
+        factory(1_000_000_000 + value)
+    gc.collect()
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    results["bytes kept after 100,000 binds"] = after - before
+    program = (
+        "import time; a = time.perf_counter(); import keras; b = time.perf_counter(); "
+        "import lossargs; print(b - a, time.perf_counter() - b)"
+    )
+    imports = []
+    for _ in range(5):
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        )
+        imports.append([float(one) for one in done.stdout.split()])
+    theirs, ours = (1000 * statistics.median(one) for one in zip(*imports, strict=True))
+    results["import"] = {"keras, ms": theirs, "lossargs, ms": ours}
+    print(results)
+    return results
+
+
+def growth(turns: int) -> dict[str, Any]:
+    """Live arguments beside `compute_loss`, for growing batches, numbers and sizes of them."""
+    tiny = CASES["tiny"]
+
+    def of_batch(batch: int) -> tuple[Case, int]:
+        return Case(tiny.network, tiny.error, squared, tiny.data, batch, 20), 1
+
+    def of_number(number: int) -> tuple[Case, int]:
+        return Case(tiny.network, tiny.error, squared, tiny.data, tiny.batch, 20), number
+
+    def of_size(size: int) -> tuple[Case, int]:
+        return Case(
+            lambda: perceptron(4, size, 1), tiny.error, squared, random_data(4, 1), 32, 20
+        ), 1
+
+    kinds = {
+        "batch size": (of_batch, (8, 128, 2048, 32768)),
+        "live arguments": (of_number, (1, 4, 16, 64)),
+        "tensor size": (of_size, (4, 256, 16384)),
+    }
+    results: dict[str, Any] = {}
+    mode = next(iter(MODES.values()))
+    for kind, (case_of, sizes) in kinds.items():
+        for size in sizes:
+            case, number = case_of(size)
+            ways = {
+                "compute_loss": functools.partial(compute_loss, count=number),
+                "lossargs": functools.partial(live, count=number),
+            }
+            numbers = compared(ways, case, mode, turns)
+            results.setdefault(kind, {})[str(size)] = numbers
+            print(kind, size, numbers, flush=True)
+    return results
+
+
+def main(options: argparse.Namespace) -> None:
+    measures = {"steps": steps, "changes": changes, "binding": binding, "growth": growth}
+    chosen = [options.only] if options.only else list(measures)
+    write(
+        options.json,
+        {"turns": options.turns, **{name: measures[name](options.turns) for name in chosen}},
+    )
+
+
+if __name__ == "__main__":
+    main(OPTIONS)
