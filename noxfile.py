@@ -25,7 +25,7 @@ MINIMUM_KERAS = next(
 TRAINING_BACKENDS = ("tensorflow", "jax", "torch")
 MNIST_RESULTS = Path("build/mnist")
 EXAMPLES = ("vae", "heat_equation", "wgan_gp")
-BENCH_RESULTS = Path("build/bench")
+BENCH_RESULTS = Path("benchmarks/results")
 EXAMPLE_RESULTS = Path("build/examples")
 SHIFTS = (10, 5)
 
@@ -179,18 +179,19 @@ def examples(session: nox.Session, backend: str) -> None:
 @nox.session(default=False)
 @each_training_backend
 def bench(session: nox.Session, backend: str) -> None:
-    """Measure lossargs beside the hand-written way on one backend, in minutes."""
+    """Measure lossargs beside the hand-written way on one backend; `-- --turns 4` for a look."""
     install(session, backend)
     BENCH_RESULTS.mkdir(parents=True, exist_ok=True)
-    session.run(
-        "python", "benchmarks/bench_derivatives.py", f"--backend={backend}",
-        f"--json={BENCH_RESULTS / f'derivatives-{backend}.json'}", *session.posargs,
-        env={"TF_CPP_MIN_LOG_LEVEL": "3"},
-    )  # fmt: skip
+    for name, script in (("bench", "bench.py"), ("derivatives", "bench_derivatives.py")):
+        session.run(
+            "python", f"benchmarks/{script}", f"--backend={backend}",
+            f"--json={BENCH_RESULTS / f'{name}-{backend}.json'}", *session.posargs,
+            env={"TF_CPP_MIN_LOG_LEVEL": "3"},
+        )  # fmt: skip
 
 
 @nox.session(default=False)
 def bench_report(session: nox.Session) -> None:
-    """Write what `bench` measured into benchmarks/README.md."""
-    results = [str(path) for path in sorted(BENCH_RESULTS.glob("derivatives-*.json"))]
-    session.run("python", "benchmarks/report.py", *results, "--readme=benchmarks/README.md")
+    """Write what `bench` measured into benchmarks/README.md, README.md and a picture."""
+    install(session, "examples", package=False)
+    session.run("python", "benchmarks/report.py", str(BENCH_RESULTS))

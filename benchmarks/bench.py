@@ -15,6 +15,7 @@ import subprocess
 import sys
 import timeit
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -166,18 +167,7 @@ def binding(turns: int) -> dict[str, Any]:
     results: dict[str, Any] = {
         name: {"microseconds": 1e6 * statistics.median(one) / number} for name, one in times.items()
     }
-    gc.collect()
-    tracemalloc.start()
-    for value in range(1000):  # what is kept once only
-        factory(-2 - value)
-    gc.collect()
-    before, _ = tracemalloc.get_traced_memory()
-    for value in range(100_000):
-        factory(1_000_000_000 + value)
-    gc.collect()
-    after, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    results["bytes kept after 100,000 binds"] = after - before
+    results["bytes kept after 100,000 binds"] = bytes_kept(lambda: factory(next(values)), 100_000)
     program = (
         "import time; a = time.perf_counter(); import keras; b = time.perf_counter(); "
         "import lossargs; print(b - a, time.perf_counter() - b)"
@@ -192,6 +182,19 @@ def binding(turns: int) -> dict[str, Any]:
     results["import"] = {"keras, ms": theirs, "lossargs, ms": ours}
     print(results)
     return results
+
+
+def bytes_kept(action: Callable[[], Any], number: int) -> int:
+    """The memory that is held longer after that many actions, once it has settled."""
+    held = np.zeros(3)  # in place: a new number would count itself
+    tracemalloc.start()
+    for place in range(3):
+        for _ in range(number):
+            action()
+        gc.collect()
+        held[place] = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    return int(held[2] - held[1])
 
 
 def growth(turns: int) -> dict[str, Any]:

@@ -13,12 +13,7 @@ program; nodes of TensorFlow's graph; operators that torch runs.
 """
 
 import argparse
-import importlib
-import json
 import os
-import platform
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +31,10 @@ if __name__ == "__main__":
 
 import keras  # noqa: E402 - only now is its backend chosen
 from keras import layers, ops  # noqa: E402
+from measuring import BACKEND, MODES, program, step_times, write  # noqa: E402
 
 from lossargs import attach, derivatives, grad, with_args  # noqa: E402
 
-BACKEND = keras.backend.backend()
 STEPS = 20  # of a turn
 # Depth, width, batch: so small that only overhead is left; a usual one; one that computes.
 SIZES = {"tiny": (2, 8, 16), "usual": (4, 32, 256), "large": (4, 128, 1024)}
@@ -142,44 +137,6 @@ FORMS = {
     "derivatives": lambda depth, width: by_lossargs(depth, width, at_once=True),
     "grad for each": lambda depth, width: by_lossargs(depth, width, at_once=False),
 }
-MODES = {"jax": {"jit": {}}, "torch": {"eager": {}}}
-MODES["tensorflow"] = {"XLA": {"jit_compile": True}, "graph": {"jit_compile": False}}
-
-
-def program(model: keras.Model, batch: Any) -> dict[str, int]:
-    """What a step of training is."""
-    if BACKEND == "jax":
-        import jax
-
-        state = model._get_jax_state(
-            trainable_variables=True, non_trainable_variables=True,
-            optimizer_variables=True, metrics_variables=True,
-        )  # fmt: skip
-        compiled = jax.jit(model.train_step).lower(state, batch).compile()
-        instructions = sum(" = " in line for line in compiled.as_text().splitlines())
-        memory = compiled.memory_analysis().temp_size_in_bytes
-        return {"instructions": instructions, "temporary bytes": memory}
-    if BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        function = tf.function(model.train_step, autograph=False)
-        graph = function.get_concrete_function(tf.nest.map_structure(tf.constant, batch)).graph
-        definition = graph.as_graph_def()
-        inner = sum(len(function.node_def) for function in definition.library.function)
-        return {"nodes": len(definition.node) + inner}
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Counter(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.count += 1
-            return function(*args, **(kwargs or {}))
-
-    with Counter() as counter:
-        model.train_step(keras.tree.map_structure(torch.as_tensor, batch))
-    return {"operators": counter.count}
 
 
 def compare(size: str, mode: str, turns: int) -> dict[str, Any]:
@@ -192,51 +149,26 @@ def compare(size: str, mode: str, turns: int) -> dict[str, Any]:
     expected: list[float] = []
     for name, form in FORMS.items():
         model, loss = form(depth, width)
-        model.compile(keras.optimizers.Adam(1e-3), loss=loss, **MODES[BACKEND][mode])
+        model.compile(keras.optimizers.Adam(1e-3), loss=loss, **MODES[mode])
         history = model.fit(*data, batch_size=batch, shuffle=False, epochs=2, verbose=0).history
         if models:
             np.testing.assert_allclose(history["loss"], expected, rtol=1e-3)
         expected = history["loss"]
         models[name] = model
-    times: dict[str, list[float]] = {name: [] for name in FORMS}
-    for turn in range(turns):
-        for name in sorted(FORMS, reverse=bool(turn % 2)):
-            start = time.perf_counter()
-            models[name].fit(*data, batch_size=batch, shuffle=False, verbose=0)
-            times[name].append((time.perf_counter() - start) / STEPS)
+    results = step_times(models, data, batch, turns, base="by hand")
     first = keras.tree.map_structure(lambda array: array[:batch], data)
-    results: dict[str, Any] = {}
     for name in FORMS:
-        ratios = [a / b for a, b in zip(times[name], times["by hand"], strict=True)]
-        lower, median, upper = statistics.quantiles(ratios, n=4)
-        results[name] = {
-            "milliseconds": 1000 * statistics.median(times[name]),
-            "ratio": median, "quartiles": (lower, upper),
-            **program(models[name], first),
-        }  # fmt: skip
+        results[name] |= program(models[name], first)
         print(size, mode, name, results[name], flush=True)
     return results
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured with."""
-    versions = {"keras": keras.__version__, "numpy": np.__version__}
-    return {
-        "backend": BACKEND,
-        "versions": versions | {BACKEND: importlib.import_module(BACKEND).__version__},
-        "python": platform.python_version(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
-    }
 
 
 def main(options: argparse.Namespace) -> None:
     results = {}
     for size in SIZES:
-        for mode in MODES[BACKEND]:
+        for mode in MODES:
             results[f"{size}, {mode}"] = compare(size, mode, options.turns)
-    if options.json:
-        record = {**machine(), "turns": options.turns, "sizes": SIZES, "results": results}
-        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write(options.json, {"turns": options.turns, "sizes": SIZES, "results": results})
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ MODES: dict[str, dict[str, Any]] = {
     "jax": {"jit": {}},
     "tensorflow": {"XLA": {"jit_compile": True}, "graph": {"jit_compile": False}},
     "torch": {"eager": {}},
-}[BACKEND]
+}.get(BACKEND, {})
 
 
 def paired_times(actions: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
