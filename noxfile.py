@@ -107,8 +107,17 @@ def build(session: nox.Session) -> None:
 def tests(session: nox.Session, backend: str) -> None:
     """Run the tests, with the examples of README and docstrings, on one backend."""
     install(session, backend, "test", "examples")
-    arguments = session.posargs or ["--durations=5"]
+    arguments = session.posargs or ["--durations=5", "-m", "not distributed"]
     session.run("coverage", "run", "-m", "pytest", *arguments, env=environment(backend))
+
+
+@nox.session(default=False)
+@each_training_backend
+def distributed(session: nox.Session, backend: str) -> None:
+    """Test training on several devices and in several processes, with crashes, in minutes."""
+    install(session, backend, "test", "examples")
+    arguments = ["-m", "distributed", "--durations=5", *session.posargs]
+    session.run("pytest", *arguments, env=environment(backend))
 
 
 @nox.session
@@ -133,7 +142,12 @@ def minimums(session: nox.Session) -> None:
     oldest = [f"keras=={MINIMUM_KERAS}", f"{numpy.replace('>=', '==')}.*"]
     constraints.write_text("\n".join([*others, *oldest]))
     session.install("-c", str(constraints), *requirements, "-e", ".")
-    arguments = session.posargs or ["tests", "--ignore=tests/test_mnist.py"]
+    arguments = session.posargs or [
+        "tests",
+        "--ignore=tests/test_mnist.py",
+        "-m",
+        "not distributed",
+    ]
     session.run("pytest", *arguments, env=environment("torch"))
 
 

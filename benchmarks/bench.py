@@ -21,7 +21,7 @@ from typing import Any
 
 PARSER = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 PARSER.add_argument("--backend", choices=("jax", "tensorflow", "torch"))
-PARSER.add_argument("--turns", type=int, default=20, help="default: %(default)s")
+PARSER.add_argument("--turns", type=int, default=30, help="default: %(default)s")
 PARSER.add_argument("--only", choices=("steps", "changes", "binding", "growth"))
 PARSER.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there")
 

@@ -97,13 +97,13 @@ def squared_error(y_true: Any, y_pred: Any) -> Any:
 CASES = {
     # So small that only overhead is left.
     "tiny": Case(
-        lambda: perceptron(4, 4, 1), losses.mean_squared_error, squared, random_data(4, 1), 8, 100
+        lambda: perceptron(4, 4, 1), losses.mean_squared_error, squared, random_data(4, 1), 8, 50
     ),
     "MLP": Case(
         lambda: perceptron(784, 64, 10, "softmax"),
-        losses.categorical_crossentropy, squared, digits, 128, 50,
+        losses.categorical_crossentropy, squared, digits, 128, 25,
     ),
-    "convolutional VAE": Case(autoencoder, squared_error, divergence, images, 64, 8),
+    "convolutional VAE": Case(autoencoder, squared_error, divergence, images, 64, 4),
 }  # fmt: skip
 
 

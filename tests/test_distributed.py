@@ -1,4 +1,7 @@
-"""Two devices give the numbers of one: `MirroredStrategy`, and `DataParallel` on JAX."""
+"""Two devices give the numbers of one: `MirroredStrategy`, and `DataParallel` on JAX.
+
+More engines, in minutes: `test_engines.py`.
+"""
 
 import json
 import os
@@ -10,10 +13,7 @@ import pytest
 
 from helpers import BACKEND, TESTS
 
-pytestmark = [
-    pytest.mark.fit,
-    pytest.mark.skipif(BACKEND == "torch", reason="Keras's `fit` runs on one device on torch"),
-]
+pytestmark = pytest.mark.fit
 
 
 def run_on(devices):
@@ -26,6 +26,7 @@ def run_on(devices):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras's `fit` runs on one device on torch")
 def test_two_devices_give_the_numbers_of_one():
     history, variables = run_on(2)
     expected_history, expected_variables = run_on(1)
@@ -41,3 +42,19 @@ def test_two_devices_give_the_numbers_of_one():
     assert sorted(variables) == sorted(expected_variables)
     for path, values in expected_variables.items():
         np.testing.assert_allclose(variables[path], values, rtol=2e-5, atol=1e-6, err_msg=path)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="processes of torch.distributed")
+def test_fit_in_several_processes_of_torch_is_refused(tmp_path):
+    started = [
+        subprocess.Popen(
+            [sys.executable, "fit_in_processes.py", str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=TESTS,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in started:
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert "torch.distributed runs 2 processes" in output
+        assert "DistributedDataParallel" in output

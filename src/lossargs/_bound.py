@@ -17,6 +17,7 @@ from lossargs._errors import (
     ArgumentError,
     AttachError,
     BatchError,
+    EngineError,
     ImmutableError,
     SavingError,
     listed,
@@ -30,6 +31,7 @@ from lossargs._keras import (
     in_symbolic_scope,
     model_in_use,
     reduce_weighted_values,
+    torch_processes,
     weighted_metrics_in_use,
 )
 from lossargs._values import (
@@ -216,6 +218,8 @@ class BoundLoss(keras.losses.Loss):
         self, y_true: Any, y_pred: Any, sample_weight: Any, extra: Mapping[str, Any]
     ) -> Any:
         """As `__call__`, without a word to the layer that logs it."""
+        if in_symbolic_scope():
+            _refuse_fit_in_processes()
         batch: Mapping[str, Any] = {}
         if isinstance(sample_weight, Mapping):
             batch, sample_weight = self._split(sample_weight)
@@ -476,6 +480,18 @@ def _unpickled(function: LossFunction, args: dict[str, Any], options: dict[str, 
 def serve(losses: Iterable[BoundLoss]) -> None:
     """Remember that a layer gives arguments to these losses: without them they would be wrong."""
     _served.update(losses)
+
+
+def _refuse_fit_in_processes() -> None:
+    """Raise if Keras is about to train one model in several processes of PyTorch, each apart."""
+    if torch_processes() > 1 and model_in_use() is not None:
+        raise EngineError(
+            f"torch.distributed runs {torch_processes()} processes, and on PyTorch Keras's fit() "
+            "trains in one: each would train a model of its own, on all the data it is given. "
+            "Write the loop yourself: parallel = DistributedDataParallel(model), "
+            "loss(y_true, parallel(x, training=True), ...).backward(), and a torch.optim "
+            "optimizer; examples/distributed.py has it."
+        )
 
 
 def _attached_losses(model: Any) -> list[Any]:

@@ -32,6 +32,10 @@ class DerivativeError(LossArgsError, ValueError):
     """A derivative does not exist, or the backend cannot take it."""
 
 
+class EngineError(LossArgsError, ValueError):
+    """An engine for several processes would train a model of its own in each of them."""
+
+
 class ImmutableError(LossArgsError, AttributeError):
     """A bound loss was to be changed in place."""
 

@@ -60,6 +60,7 @@ __all__ = [
     "own_variables",
     "reduce_weighted_values",
     "set_keras_mask",
+    "torch_processes",
     "training_in_use",
     "unscale_loss_for_distribution",
     "variables_can_be_assigned",
@@ -160,6 +161,14 @@ def in_training_step() -> bool:
     """Whether a model is being trained, and not evaluated or called otherwise."""
     frame = _frame_of_model("train_step", "test_step", "predict_step")
     return frame is not None and frame.f_code.co_name == "train_step"
+
+
+def torch_processes() -> int:
+    """How many processes of `torch.distributed` train together; Keras's `fit` knows of none."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return 1
+    return int(distributed.get_world_size())
 
 
 def metric_names(model: keras.Model) -> set[str]:

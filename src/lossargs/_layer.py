@@ -26,6 +26,9 @@ from lossargs._keras import (
 )
 from lossargs._values import Slot, identity, is_live, rebuilt
 
+# Stands for NaN, which processes that compare what they start with would find different.
+_UNREPORTED = float(np.finfo("float32").min)
+
 
 class LiveValue(keras.Metric):
     """A live argument in the logs: its value in the last step; NaN if none was reported."""
@@ -34,7 +37,7 @@ class LiveValue(keras.Metric):
         super().__init__(name=name)
         self.last = self.add_variable(
             shape=(),
-            initializer=keras.initializers.Constant(np.nan),
+            initializer=keras.initializers.Constant(_UNREPORTED),
             name="last",
             aggregation="only_first_replica",
         )
@@ -43,10 +46,12 @@ class LiveValue(keras.Metric):
         self.last.assign(keras.ops.cast(keras.ops.stop_gradient(value), self.last.dtype))
 
     def reset_state(self) -> None:
-        self.last.assign(np.nan)
+        self.last.assign(_UNREPORTED)
 
     def result(self) -> Any:
-        return keras.ops.copy(self.last)  # on torch the value itself would change later
+        # On torch also a copy: the value itself would change later.
+        last = self.last.value
+        return keras.ops.where(last == _UNREPORTED, np.nan, last)
 
 
 class TrackedLoss(keras.metrics.Mean):
