@@ -241,7 +241,7 @@ class BoundLoss(keras.losses.Loss):
         are_tensors = keras.ops.is_tensor(y_true) and keras.ops.is_tensor(y_pred)
         if not are_tensors or get_keras_mask(y_pred) is not None:
             return evaluation(y_true, y_pred)
-        convert = keras.ops.convert_to_tensor
+        convert: Callable[..., Any] = keras.ops.convert_to_tensor
         true, pred = convert(y_true, dtype=self.dtype), convert(y_pred, dtype=self.dtype)
         same_rank = len(true.shape) == len(pred.shape)
         values = (evaluation.fn if same_rank else evaluation.call)(true, pred)
