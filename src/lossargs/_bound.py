@@ -249,7 +249,8 @@ class BoundLoss(keras.losses.Loss):
         values = convert(values, dtype=self.dtype)
         size = math.prod(values.shape)
         if self.reduction == "sum_over_batch_size" and mask is None and size:
-            return keras.ops.sum(values) / size
+            total: Any = keras.ops.sum(values)
+            return total / size
         return reduce_weighted_values(values, mask=mask, reduction=self.reduction, dtype=self.dtype)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
