@@ -7,6 +7,8 @@ The engines are those of Keras and of the backends; each comes to the numbers of
 
     data-parallel, model-parallel   keras.distribution on JAX, also in several processes
     mirrored                        tf.distribute.MirroredStrategy on TensorFlow
+    multi-worker                    MultiWorkerMirroredStrategy on TensorFlow, with Keras's train
+                                    step in a loop of one's own: `fit` fails under it (keras #20585)
     ddp                             DistributedDataParallel on PyTorch, in a loop of one's own: on
                                     PyTorch, Keras's `fit` trains in one process
 
@@ -22,11 +24,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 BACKENDS = {
     "data-parallel": "jax", "model-parallel": "jax",
-    "mirrored": "tensorflow",
+    "mirrored": "tensorflow", "multi-worker": "tensorflow",
     "ddp": "torch",
 }  # fmt: skip
 PARSER = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -41,7 +44,7 @@ PARSER.add_argument(
 PARSER.add_argument("--kill-in-epoch", type=int, metavar="N", help="to try the backup")
 PARSER.add_argument("--json", type=Path, metavar="PATH", help="write logs and weights there")
 PARSER.add_argument("--rank", type=int, help=argparse.SUPPRESS)
-PARSER.add_argument("--port", type=int, help=argparse.SUPPRESS)
+PARSER.add_argument("--ports", type=int, action="append", help=argparse.SUPPRESS)
 if __name__ == "__main__":
     OPTIONS = PARSER.parse_args()
     backend = BACKENDS.get(OPTIONS.engine, OPTIONS.backend)
@@ -100,13 +103,13 @@ class Annealing(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):  # noqa: ARG002
         if self.kill_in_epoch is not None and batch == 1:
-            epoch = int(live_args(self.model)["live"].value) - 1
+            epoch = int(live_args(self.model)["live"].numpy()) - 1
             if epoch == self.kill_in_epoch:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
 def by_fit(options):
-    """All engines but PyTorch's: a scope for the model, and `fit` as ever."""
+    """Where Keras's `fit` knows the engine: a scope for the model, and `fit` as ever."""
     with SCOPES[options.engine](options):
         model, loss = make_model()
         model.compile(keras.optimizers.SGD(0.05, momentum=0.9), loss=loss)
@@ -160,7 +163,7 @@ def model_parallel(options):
 def join_jax(options):
     if options.processes > 1:
         keras.distribution.initialize(
-            f"127.0.0.1:{options.port}", options.processes, process_id=options.rank
+            f"127.0.0.1:{options.ports[0]}", options.processes, process_id=options.rank
         )
 
 
@@ -179,12 +182,56 @@ SCOPES = {
 }  # fmt: skip
 
 
+def by_train_step(options):
+    """TensorFlow in several processes: Keras's train step, run by the strategy."""
+    import tensorflow as tf
+
+    workers = [f"127.0.0.1:{port}" for port in options.ports]
+    task = {"type": "worker", "index": options.rank}
+    os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": workers}, "task": task})
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    with strategy.scope():
+        model, loss = make_model()
+        model.compile(keras.optimizers.SGD(0.05, momentum=0.9), loss=loss)
+        model.optimizer.build(model.trainable_variables)
+    sharded = tf.data.Options()
+    sharded.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+    batches = tf.data.Dataset.from_tensor_slices(make_data()).batch(BATCH).with_options(sharded)
+    batches = strategy.experimental_distribute_dataset(batches)
+
+    @tf.function
+    def step(batch):
+        strategy.run(model.train_step, args=(batch,))
+
+    history, first = {}, 0
+    saved = options.backup / str(options.rank) if options.backup else None
+    for file in sorted(saved.glob("*.weights.h5")) if saved else ():
+        first = int(file.name.partition(".")[0]) + 1
+    if first:
+        model.load_weights(file)
+    annealing = Annealing(options.kill_in_epoch)
+    annealing.set_model(model)
+    for epoch in range(first, options.epochs):
+        annealing.on_epoch_begin(epoch)
+        model.reset_metrics()
+        for number, batch in enumerate(batches):
+            step(batch)
+            annealing.on_train_batch_end(number)
+        for name, value in model.get_metrics_result().items():
+            mean = strategy.reduce("MEAN", value, axis=None)
+            history.setdefault(name, []).append(float(mean))
+        if saved:
+            saved.mkdir(exist_ok=True)
+            model.save_weights(saved / f"{epoch}.weights.h5")
+    return history, model
+
+
 def by_ddp(options):
     """PyTorch: its own loop, as Keras's guide to distributed training has it."""
     import torch
     import torch.distributed as dist
 
-    address = f"tcp://127.0.0.1:{options.port}"
+    address = f"tcp://127.0.0.1:{options.ports[0]}"
     dist.init_process_group("gloo", address, rank=options.rank, world_size=options.processes)
     model, loss = make_model()
     parallel = torch.nn.parallel.DistributedDataParallel(model)
@@ -224,33 +271,37 @@ def by_ddp(options):
     return history, model
 
 
+LOOPS = {"multi-worker": by_train_step, "ddp": by_ddp}
+
+
 def launch(options):
     """Start the processes, and end all of them where one fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with contextlib.ExitStack() as free:
+        sockets = [free.enter_context(socket.socket()) for _ in range(options.processes)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        ports = [f"--ports={one.getsockname()[1]}" for one in sockets]
     started = [
-        subprocess.Popen([sys.executable, *sys.argv, f"--rank={rank}", f"--port={port}"])
+        subprocess.Popen([sys.executable, *sys.argv, f"--rank={rank}", *ports])
         for rank in range(options.processes)
     ]
     try:
-        while any(one.poll() is None for one in started):
-            if any(one.poll() for one in started):
-                break
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                next(one for one in started if one.poll() is None).wait(0.2)
+        while (codes := [one.poll() for one in started]).count(None):
+            if failed := [code for code in codes if code]:
+                return abs(failed[0])
+            time.sleep(0.1)
+        return max(map(abs, codes))
     finally:
         for one in started:
             one.kill()
-    return max(abs(one.wait()) for one in started)
 
 
 def main(options):
     if options.rank is None:
-        if options.processes > 1 or options.engine == "ddp":
+        if options.processes > 1 or options.engine in LOOPS:
             return launch(options)
         options.rank = 0
-    history, model = (by_ddp if options.engine == "ddp" else by_fit)(options)
+    history, model = LOOPS.get(options.engine, by_fit)(options)
     if options.rank == 0:
         for epoch in range(len(history["loss"])):
             shown = ", ".join(f"{name} {values[epoch]:.4f}" for name, values in history.items())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -22,6 +23,7 @@ ENGINES = {
     "tensorflow": [
         ("mirrored", "--devices", "2"),
         ("mirrored", "--devices", "4"),
+        ("multi-worker", "--processes", "2"),
     ],
     "torch": [("ddp", "--processes", "2")],
     "numpy": [],
@@ -69,7 +71,8 @@ def test_killed_run_goes_on_where_it_was(tmp_path, one_device, engine):
     backup = tmp_path / "backup"
     backup.mkdir()
     options = (*engine, "--backup", str(backup))
-    assert run(tmp_path, *options, "--kill-in-epoch", "1", check=False) != 0
+    killed = run(tmp_path, *options, "--kill-in-epoch", "1", check=False)
+    assert abs(killed) == signal.SIGKILL
     result = run(tmp_path, *options)
     assert len(result["history"]["loss"]) == 2  # the first epoch was done, and is not done again
     assert_same(result, one_device)
