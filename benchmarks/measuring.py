@@ -17,7 +17,7 @@ BACKEND = keras.backend.backend()
 MODES: dict[str, dict[str, Any]] = {
     "jax": {"jit": {}},
     "tensorflow": {"XLA": {"jit_compile": True}, "graph": {"jit_compile": False}},
-    "torch": {"eager": {}},
+    "torch": {"eager": {"jit_compile": False}, "torch.compile": {"jit_compile": True}},
 }.get(BACKEND, {})
 
 

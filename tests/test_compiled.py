@@ -102,3 +102,28 @@ def test_a_step_is_traced_once(data):
     for _ in range(20):
         model.train_on_batch(data.x, data.y, sample_weight=batch)
     assert len(traces) == first <= 3
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="torch.compile")
+def test_torch_compiles_once_where_the_model_is_not_one_graph():
+    import torch
+    from torch._dynamo.utils import counters
+
+    class NotCompiled(keras.layers.Layer):
+        def call(self, inputs):
+            torch._dynamo.graph_break()
+            return 2.0 * inputs
+
+    @with_args
+    def shifted(y_true, y_pred, shift):
+        return keras.ops.mean(keras.ops.square(y_true - y_pred), axis=-1) + shift
+
+    torch.compiler.reset()
+    x, y = np.ones((32, 3), "float32"), np.ones((32, 1), "float32")
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1), NotCompiled()])
+    model.compile("sgd", loss=shifted(10), jit_compile=True)
+    model.fit(x, y, batch_size=8, epochs=2, verbose=0)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    model.fit(x, y, batch_size=8, epochs=2, verbose=0)
+    assert counters["stats"]["unique_graphs"] == graphs

@@ -53,4 +53,7 @@ def carry(tensor: Any, steps: dict[int, Step]) -> Any:
 def carried(tensor: Any) -> dict[int, Step]:
     """What a tensor carries, by the token of the loss; empty for most."""
     steps: dict[int, Step] | None = getattr(tensor, _ATTRIBUTE, None)
-    return _by_id.get(id(tensor), {}) if steps is None else steps
+    if steps is None:
+        # Not without need: torch compiles code that takes an id anew for each tensor.
+        steps = _by_id.get(id(tensor)) if _by_id else None
+    return steps or {}
