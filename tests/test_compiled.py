@@ -105,6 +105,7 @@ def test_a_step_is_traced_once(data):
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="torch.compile")
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_torch_compiles_once_where_the_model_is_not_one_graph():
     import torch
     from torch._dynamo.utils import counters
