@@ -28,6 +28,7 @@ EXAMPLES = ("vae", "heat_equation", "wgan_gp")
 BENCH_RESULTS = Path("benchmarks/results")
 EXAMPLE_RESULTS = Path("build/examples")
 SHIFTS = (10, 5)
+QUICK = "not distributed and not nightly"
 
 each_backend = nox.parametrize(
     "backend", [nox.param(b, id=b, tags=[b]) for b in (*TRAINING_BACKENDS, "numpy")]
@@ -106,8 +107,8 @@ def build(session: nox.Session) -> None:
 @each_backend
 def tests(session: nox.Session, backend: str) -> None:
     """Run the tests, with the examples of README and docstrings, on one backend."""
-    install(session, backend, "test", "examples")
-    arguments = session.posargs or ["--durations=5", "-m", "not distributed"]
+    install(session, backend, "test", "examples", "company")
+    arguments = session.posargs or ["--durations=5", "-m", QUICK]
     session.run("coverage", "run", "-m", "pytest", *arguments, env=environment(backend))
 
 
@@ -118,6 +119,16 @@ def distributed(session: nox.Session, backend: str) -> None:
     install(session, backend, "test", "examples")
     arguments = ["-m", "distributed", "--durations=5", *session.posargs]
     session.run("pytest", *arguments, env=environment(backend))
+
+
+@nox.session(default=False)
+@each_training_backend
+def nightly(session: nox.Session, backend: str) -> None:
+    """Test for minutes: 10,000 generated cases, killed runs, 20,000 steps, hundreds of models."""
+    install(session, backend, "test", "examples", "company")
+    variables = {**environment(backend), "HYPOTHESIS_PROFILE": "nightly"}
+    arguments = session.posargs or ["--durations=5", "-m", "nightly or properties"]
+    session.run("pytest", *arguments, env=variables)
 
 
 @nox.session
@@ -146,7 +157,7 @@ def minimums(session: nox.Session) -> None:
         "tests",
         "--ignore=tests/test_mnist.py",
         "-m",
-        "not distributed",
+        QUICK,
     ]
     session.run("pytest", *arguments, env=environment("torch"))
 

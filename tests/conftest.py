@@ -3,11 +3,16 @@
 import os
 from types import SimpleNamespace
 
+import hypothesis
 import keras
 import numpy as np
 import pytest
 
 from helpers import BACKEND
+
+hypothesis.settings.register_profile("default", max_examples=300, deadline=None)
+hypothesis.settings.register_profile("nightly", max_examples=10_000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_report_header() -> str:
