@@ -47,7 +47,8 @@ def compared(numbers):
     lower, upper = numbers["quartiles"]
     is_base = lower == upper == 1
     spread = "" if is_base else f"{lower:.2f} to {upper:.2f}"
-    return f"{numbers['ratio']:.2f}", spread, f"{numbers['milliseconds']:.2f}"
+    slower = "slower: " if lower > 1 else ""  # in three turns of four
+    return f"{slower}{numbers['ratio']:.2f}", spread, f"{numbers['milliseconds']:.2f}"
 
 
 def derivatives(records):

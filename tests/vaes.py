@@ -36,8 +36,8 @@ def tensors(sampled=True):
     return x, z_mean, z_log_var, keras.layers.Dense(SIZE, name="x_hat")(z)
 
 
-def model_and_loss(beta, track=True):
-    x, z_mean, z_log_var, x_hat = tensors()
+def model_and_loss(beta, track=True, sampled=True):
+    x, z_mean, z_log_var, x_hat = tensors(sampled)
     loss = vae_loss(z_mean=z_mean, z_log_var=z_log_var, beta=beta)
     tracked = [kl_term(z_mean=z_mean, z_log_var=z_log_var)] if track else []
     return keras.Model(x, attach(x_hat, loss, track=tracked)), loss
