@@ -18,6 +18,7 @@ def enter_folder(namespace: dict[str, Any]) -> None:
     os.chdir(namespace["_folder"].name)
     # Each page is a module of its own, as for its readers: two may define a loss of one name.
     namespace["__name__"] = Path(namespace["_folder"].name).name
+    keras.utils.set_random_seed(0)
 
 
 def leave_folder(namespace: dict[str, Any]) -> None:
