@@ -77,6 +77,17 @@ def review(session: nox.Session) -> None:
     session.run("repo-review", ".", *session.posargs)
 
 
+@nox.session(tags=["check"])
+def docs(session: nox.Session) -> None:
+    """Build the documentation site, warnings as errors; `-- serve` shows it on 127.0.0.1:8000."""
+    install(session, "docs", package=False)
+    command, *options = session.posargs or ["build"]
+    if command == "serve":
+        options.insert(0, "--dev-addr=127.0.0.1:8000")
+    # The theme's news of what comes after it is no warning about this site.
+    session.run("mkdocs", command, "--strict", *options, env={"NO_MKDOCS_2_WARNING": "1"})
+
+
 @nox.session
 def build(session: nox.Session) -> None:
     """Build wheel and sdist, check them, and import each from a clean environment."""

@@ -27,7 +27,7 @@ class Adapter(keras.Layer):
             `LossArgs` gives by the name of the argument.
         shape: The shape of the value, if it is known beforehand. A scalar, `()`, is logged.
 
-    Example:
+    Examples:
         An exponential moving average of the mean of a tensor:
 
         >>> import keras

@@ -60,7 +60,7 @@ def attach(target: Target, loss: Any, *, track: Any = ()) -> Target:
             model, two things would be logged under one name, or the model is of a class that
             cannot be made of inputs and outputs.
 
-    Example:
+    Examples:
         >>> import keras
         >>> from lossargs import attach, with_args
         >>> @with_args
@@ -103,7 +103,7 @@ def detach(model: keras.Model) -> keras.Model:
         AttachError: The layer cannot be taken out of a model of this class, or it is in a model
             that is a layer of this one.
 
-    Example:
+    Examples:
         >>> import keras
         >>> from lossargs import attach, detach, with_args
         >>> huber = with_args(keras.losses.huber)
@@ -151,7 +151,7 @@ def live_args(model: keras.Model) -> dict[str, keras.Variable]:
         The `keras.Variable`s by their names in the logs: those of the arguments, with the name of
         the loss in front where arguments of two losses share one.
 
-    Example:
+    Examples:
         >>> import keras
         >>> from lossargs import attach, live_args, with_args
         >>> huber = with_args(keras.losses.huber)

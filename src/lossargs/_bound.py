@@ -130,7 +130,7 @@ class BoundLoss(keras.losses.Loss):
         Raises:
             ArgumentError: A name that the function does not take, or a value it cannot bind.
 
-        Example:
+        Examples:
             >>> import keras
             >>> from lossargs import with_args
             >>> huber = with_args(keras.losses.huber)

@@ -42,7 +42,7 @@ def grad(y: keras.KerasTensor, x: keras.KerasTensor) -> keras.KerasTensor:
             backend cannot take the derivative.
         ArgumentError: One of them is not a symbolic tensor.
 
-    Example:
+    Examples:
         The loss of a physics-informed network for the heat equation (Raissi et al., 2019):
 
         >>> import keras
@@ -79,7 +79,7 @@ def derivatives(*wanted: Any) -> list[keras.KerasTensor]:
         DerivativeError: As for `grad`; or a tensor to differentiate along depends on another one.
         ArgumentError: Something is not a symbolic tensor.
 
-    Example:
+    Examples:
         >>> import keras
         >>> from lossargs import derivatives
         >>> x, t = keras.Input((1,)), keras.Input((1,))

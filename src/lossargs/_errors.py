@@ -3,9 +3,17 @@
 import difflib
 from collections.abc import Iterable
 
+DOCUMENTATION = "https://lossargs.github.io/lossargs/"
+
 
 class LossArgsError(Exception):
     """Any error that lossargs raises by itself; catch this to catch them all."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        documented = next(cls for cls in type(self).__mro__ if cls.__module__ == __name__)
+        # Beside the text, which Keras and other errors of lossargs quote in the midst of theirs.
+        self.add_note(f"More: {DOCUMENTATION}errors/#{documented.__name__.lower()}")
 
 
 class SignatureError(LossArgsError, TypeError):

@@ -72,7 +72,7 @@ class LossFactory(Generic[P]):
         Returns:
             The other factory; options not given are kept.
 
-        Example:
+        Examples:
             >>> import keras
             >>> from lossargs import with_args
             >>> huber = with_args(keras.losses.huber)
@@ -181,7 +181,7 @@ def with_args(
         SignatureError: The function cannot be called with two tensors and named extra arguments, it
             captures a variable, or another function goes by its name.
 
-    Example:
+    Examples:
         >>> import keras
         >>> from lossargs import with_args
         >>> @with_args

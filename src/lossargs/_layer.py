@@ -110,7 +110,7 @@ class LossArgs(keras.Layer):
     Raises:
         AttachError: One of the losses is none that a factory made, or two of them have one name.
 
-    Example:
+    Examples:
         >>> import keras
         >>> from lossargs import LossArgs, with_args
         >>> @with_args
