@@ -66,6 +66,7 @@ def check_sdist(path: Path, version: str) -> None:
         names = {name.removeprefix(folder) for name in sdist.getnames()}
         check_metadata(sdist.extractfile(f"{folder}PKG-INFO").read().decode(), version)
     needed = {"CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml", "src/lossargs/py.typed"}
+    needed |= {"noxfile.py", "constraints.txt", "conftest.py", "examples/mnist.py"}
     assert needed <= names, needed - names
     assert {f"tests/{file.name}" for file in (ROOT / "tests").glob("*.py")} <= names
     strange = [name for name in names if re.search(r"__pycache__|^build|^dist|\.png$|^\.nox", name)]
@@ -81,7 +82,7 @@ def main() -> None:
     assert sorted(path.suffix for path in paths) == [".gz", ".whl"], paths
     for path in paths:
         (check_wheel if path.suffix == ".whl" else check_sdist)(path, version)
-        print(f"{path}: complete, {path.stat().st_size // 1000} kB")
+        print(f"{path}: complete, {path.stat().st_size // 1000} kB")  # noqa: T201
 
 
 if __name__ == "__main__":
