@@ -28,6 +28,21 @@ EXAMPLES = ("vae", "heat_equation", "wgan_gp")
 BENCH_RESULTS = Path("benchmarks/results")
 EXAMPLE_RESULTS = Path("build/examples")
 SHIFTS = (10, 5)
+# Appended to the README's first example, to see that it trains, and where it comes from.
+FIT = """
+import importlib.metadata, pathlib, sys
+import lossargs
+losses = []
+for value in (10.0, 5.0):
+    shift.assign(value)
+    history = model.fit([[1.0, 2.0, 3.0]], [[1.0]], verbose=0).history
+    losses.append(history["loss"][0])
+    assert history["shift"] == [value], history
+assert losses[0] >= 10 and losses[1] < losses[0], losses
+assert importlib.metadata.version("lossargs") == lossargs.__version__
+assert pathlib.Path(sys.prefix) in pathlib.Path(lossargs.__file__).parents
+print("trains with", lossargs.__file__, losses)
+"""
 QUICK = "not distributed and not nightly"
 
 each_backend = nox.parametrize(
@@ -88,14 +103,30 @@ def docs(session: nox.Session) -> None:
     session.run("mkdocs", command, "--strict", *options, env={"NO_MKDOCS_2_WARNING": "1"})
 
 
+@nox.session(default=False)
+def browser(session: nox.Session) -> None:
+    """Build the site, and check each page in headless Chromium; pictures go to build/browser."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        session.skip("there is no Chromium: `apt-get install chromium`")
+    install(session, "docs", "browser", package=False)
+    session.run("mkdocs", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
+    # The tests of the package, and so their conftest.py, need Keras; these do not.
+    session.run(
+        "pytest", "--noconftest", "--no-showlocals", "tests_browser", *session.posargs,
+        env={"CHROMIUM": chromium},
+    )  # fmt: skip
+
+
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build wheel and sdist, check them, and import each from a clean environment."""
+    """Build wheel and sdist, check them, and run the README's first example with each."""
     install(session, "build", package=False)
     shutil.rmtree("dist", ignore_errors=True)
     session.run("python", "-m", "build")
     files = [str(path) for path in Path("dist").iterdir()]
     session.run("twine", "check", "--strict", *files)
+    session.run("python", "tests/release.py", *files)
     for file in files:
         clean = Path(session.create_tmp()).resolve() / "clean"
         shutil.rmtree(clean, ignore_errors=True)
@@ -105,13 +136,12 @@ def build(session: nox.Session) -> None:
             python, "-m", "pip", "install", "-q", "-c", str(CONSTRAINTS), file,
             *nox.project.dependency_groups(PYPROJECT, "jax"), external=True,
         )  # fmt: skip
-        program = (
-            "import importlib.metadata, keras, lossargs; "
-            "assert importlib.metadata.version('lossargs') == lossargs.__version__; "
-            "print(lossargs.with_args(keras.losses.huber)(delta=2.0), 'of', lossargs.__file__)"
-        )
+        example = Path("README.md").read_text(encoding="utf-8").split("```python\n")[1]
+        program = clean / "example.py"
+        program.write_text(f"{example.partition('```')[0]}{FIT}", encoding="utf-8")
         with session.chdir(clean):
-            session.run(python, "-c", program, external=True, env={"KERAS_BACKEND": "jax"})
+            session.run(python, str(program), external=True, env={"KERAS_BACKEND": "jax"})
+            session.run(python, "-m", "lossargs", external=True, env={"KERAS_BACKEND": "jax"})
 
 
 @nox.session

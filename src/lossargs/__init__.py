@@ -1,5 +1,15 @@
 """Keras losses with extra arguments."""
 
+try:
+    import keras
+except (ImportError, ValueError) as error:
+    from lossargs._backends import explain
+
+    explain(error)
+    raise
+else:
+    del keras  # it is no name of this package
+
 from lossargs._adapters import Adapter
 from lossargs._attach import attach, detach, live_args
 from lossargs._derivatives import derivatives, grad
