@@ -1,0 +1,147 @@
+"""A training killed at any step goes on as if it had not been, by Keras's own callbacks."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+import killed
+from helpers import TESTS
+from lossargs import live_args
+
+pytestmark = pytest.mark.fit
+ALL = range(killed.EPOCHS * killed.STEPS)
+QUICK = 2 * killed.STEPS + 3
+RANDOM = sorted(map(int, np.random.default_rng(6).choice(ALL, 10, replace=False)))
+EACH = [QUICK, *(pytest.param(step, marks=pytest.mark.nightly) for step in RANDOM)]
+WAYS = ["backup", "model", pytest.param("weights", marks=pytest.mark.nightly)]
+
+
+def run(folder, *options, ways=killed.WAYS):
+    return subprocess.run(
+        [sys.executable, "killed.py", folder, *ways, *options],
+        capture_output=True, text=True, timeout=300, cwd=TESTS,
+    )  # fmt: skip
+
+
+def kill(folder, *options, **ways):
+    done = run(folder, *options, **ways)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (folder / "result.json").exists()
+
+
+def resume(folder, way):
+    done = run(folder, ways=[way])
+    assert done.returncode == 0, done.stderr
+    return result_of(folder), done.stdout
+
+
+def result_of(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def assert_same(result, expected, *, first_epoch):
+    """The epochs and steps that were made, and all there is at the end."""
+    assert list(map(int, result["steps"])) == list(ALL[first_epoch * killed.STEPS :])
+    for step, logs in result["steps"].items():
+        assert logs == pytest.approx(expected["steps"][step], rel=1e-6), step
+    for name, values in expected["history"].items():
+        assert result["history"][name] == pytest.approx(values[first_epoch:], rel=1e-6), name
+    assert result["live"] == pytest.approx(expected["live"], rel=1e-6)
+    assert len(result["weights"]) == len(expected["weights"])
+    for values, others in zip(result["weights"], expected["weights"], strict=True):
+        np.testing.assert_allclose(values, others, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Its folder, with a file of each epoch."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    (folder / "model").mkdir()
+    model = killed.make_model()
+    killed.train(model, 0, folder, [killed.saving("model", folder / "model")])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed_after(tmp_path_factory):
+    """The folder of a run killed after a step, which saved in each way; one run for each step."""
+    folders = {}
+
+    def folder_of(step):
+        if step not in folders:
+            folders[step] = tmp_path_factory.mktemp("killed")
+            kill(folders[step], f"--kill-after={step}")
+        return folders[step]
+
+    return folder_of
+
+
+def test_uninterrupted_run_moves_every_value(uninterrupted):
+    history = result_of(uninterrupted)["history"]
+    assert set(history) == {"loss", "by_step", "by_epoch", "schedule", "log_var"}
+    for values in history.values():
+        assert len(set(values)) == killed.EPOCHS
+    ends = killed.STEPS * np.arange(1, killed.EPOCHS + 1)
+    np.testing.assert_allclose(history["schedule"], (ends - 1) / len(ALL), rtol=1e-6)
+    np.testing.assert_allclose(history["by_step"], 1 - 0.75 ** (ends - 1.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("step", EACH)
+def test_killed_after_a_step(uninterrupted, killed_after, tmp_path, step, way):
+    folder = shutil.copytree(killed_after(step), tmp_path / "again")
+    before = dict(map(json.loads, (folder / "steps.jsonl").read_text().splitlines()))
+    assert list(before) == list(ALL[: step + 1])
+    result, _ = resume(folder, way)
+    assert_same(result, result_of(uninterrupted), first_epoch=step // killed.STEPS)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("way", WAYS)
+def test_killed_while_a_file_is_written(uninterrupted, tmp_path, way):
+    kill(tmp_path, "--kill-in-file=2", ways=[way])
+    newest = max((tmp_path / way).glob("*[!p]"), key=lambda file: file.stat().st_mtime)
+    with pytest.raises((OSError, ValueError)):
+        (keras.saving.load_model if way == "model" else killed.make_model().load_weights)(newest)
+    result, output = resume(tmp_path, way)
+    assert ("damaged" in output) == (way != "backup")
+    assert_same(result, result_of(uninterrupted), first_epoch=2)
+
+
+@pytest.mark.nightly
+@pytest.mark.xfail(strict=True, reason="BackupAndRestore writes weights and epoch to two files")
+def test_killed_between_the_two_files_of_a_backup(uninterrupted, tmp_path):
+    kill(tmp_path, "--kill-between-files=2", ways=["backup"])
+    result, _ = resume(tmp_path, "backup")
+    assert_same(result, result_of(uninterrupted), first_epoch=2)
+
+
+FORGOTTEN = {
+    "nothing": lambda model: None,
+    "schedule": lambda model: step_of(model).assign(0),
+    "by_step": lambda model: live_args(model)["by_step"].assign(0.0),
+    "log_var": lambda model: live_args(model)["log_var"].assign(0.5),
+}
+
+
+def step_of(model):
+    return next(v for v in model.non_trainable_variables if v.path.endswith("/step"))
+
+
+@pytest.mark.parametrize("what", FORGOTTEN)
+def test_these_tests_fail_if_a_value_is_lost(uninterrupted, tmp_path, what):
+    model = keras.saving.load_model(uninterrupted / "model" / "002.keras")
+    FORGOTTEN[what](model)
+    killed.train(model, 2, tmp_path)
+    expected, result = result_of(uninterrupted), result_of(tmp_path)
+    if what == "nothing":
+        assert_same(result, expected, first_epoch=2)
+        return
+    with pytest.raises(AssertionError):
+        assert_same(result, expected, first_epoch=2)
