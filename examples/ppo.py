@@ -140,9 +140,13 @@ def main(options: argparse.Namespace) -> None:
     supervised.fit(*train, epochs=ROUNDS * options.epochs, batch_size=BATCH, verbose=0)
     found["supervised"] = accuracy(supervised, *test)
     print(", ".join(f"{name}: test accuracy {value:.3f}" for name, value in found.items()))
+    rewards = {name: log["reward"] for name, log in logs.items()}
     if options.json:
         record = {"backend": keras.backend.backend(), "seed": options.seed, "accuracy": found}
-        options.json.write_text(json.dumps(record | {"logs": logs}, indent=2).replace("Infinity", "null"))
+        text = json.dumps(
+            record | {"rewards": rewards, "clip_range": logs["clipped"]["clip"]}, indent=2
+        )
+        options.json.write_text(text + "\n", encoding="utf-8")
     if options.plot:
         draw(logs, found["supervised"], options.plot)
     if not found["clipped"] > 0.9 * found["supervised"]:
