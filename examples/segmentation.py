@@ -11,18 +11,17 @@ The same network learns without the map, by the default of `weight_map`, and wit
     python segmentation.py
     python segmentation.py --backend torch --epochs 12 --json run.json --plot run.png
 
-The picture shows images, their maps, and what was found, red where a gap was filled. Two digits are
-merged if one connected piece of what was found lies in both.
+The picture shows images, their maps, and what was found, red where a gap was filled.
 
-It needs lossargs, a backend of Keras, mlxtend (which brings SciPy), and matplotlib (for --plot).
+It needs lossargs, a backend of Keras, mlxtend (with SciPy), and matplotlib (for --plot).
 """
 
 import argparse
-import itertools
 import json
 import os
 import sys
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +44,7 @@ from keras import layers  # noqa: E402
 
 from lossargs import with_args  # noqa: E402
 
-HEIGHT, WIDTH, W0, SIGMA, BATCH = 32, 64, 30, 1.5, 20
-INK = 0.4  # what is darker belongs to a digit
+HEIGHT, WIDTH, INK, W0, SIGMA, BATCH = 32, 64, 0.4, 30, 1.5, 20  # darker than INK is a digit
 
 
 @with_args
@@ -57,11 +55,9 @@ def pixel_loss(mask, found, *, weight_map=1.0):
 def compiled_network() -> keras.Model:
     image = keras.Input((HEIGHT, WIDTH, 1))
     fine = layers.Conv2D(8, 3, padding="same", activation="relu")(image)
-    half = layers.MaxPooling2D()(fine)
-    coarse = layers.Conv2D(16, 3, padding="same", activation="relu")(half)
+    coarse = layers.Conv2D(16, 3, padding="same", activation="relu")(layers.MaxPooling2D()(fine))
     both = layers.Concatenate()([fine, layers.UpSampling2D()(coarse)])
-    mask = layers.Conv2D(1, 3, padding="same", activation="sigmoid")(both)
-    model = keras.Model(image, mask)
+    model = keras.Model(image, layers.Conv2D(1, 3, padding="same", activation="sigmoid")(both))
     model.compile(keras.optimizers.Adam(1e-2), loss=pixel_loss())
     return model
 
@@ -83,8 +79,7 @@ def scene(digits: np.ndarray, rng: np.random.Generator):
 
 
 def border_weights(owner: np.ndarray) -> np.ndarray:
-    numbers = range(1, owner.max() + 1)
-    distances = [ndimage.distance_transform_edt(owner != number) for number in numbers]
+    distances = [ndimage.distance_transform_edt(owner != k) for k in range(1, owner.max() + 1)]
     d1, d2 = np.sort(distances, axis=0)[:2]
     return 1 + (owner == 0) * W0 * np.exp(-((d1 + d2) ** 2) / (2 * SIGMA**2))
 
@@ -99,11 +94,10 @@ def scenes(digits: np.ndarray, count: int, seed: int):
 
 
 def scores(found: np.ndarray, owners: np.ndarray, maps: np.ndarray) -> dict[str, float]:
-    gap, mask = (owners == 0) & (maps > 3), owners > 0
-    merged = []
+    gap, mask, merged = (owners == 0) & (maps > 3), owners > 0, []
     for one, owner in zip(found, owners, strict=True):
         pieces = [set(ndimage.label(one)[0][owner == k]) - {0} for k in range(1, owner.max() + 1)]
-        merged += [bool(a & b) for a, b in itertools.pairwise(pieces)]
+        merged += [bool(a & b) for a, b in pairwise(pieces)]  # by one piece in both
     values = np.mean(merged), found[gap].mean(), (found & mask).sum() / (found | mask).sum()
     return dict(zip(("merged", "gap_filled", "iou"), map(float, values), strict=True))
 
@@ -131,8 +125,7 @@ def main(options: argparse.Namespace) -> None:
     images, owners, maps = scenes(digits[:4000], 400, options.seed)
     unseen, *truth = scenes(digits[4000:], 200, options.seed)
     masks = (owners > 0).astype("float32")[..., None]
-    training = {"epochs": options.epochs, "batch_size": BATCH}
-    found, results = {}, {}
+    found, results, training = {}, {}, {"epochs": options.epochs, "batch_size": BATCH}
     for name, weights in (("without the map", None), ("with the map", {"weight_map": maps})):
         keras.utils.set_random_seed(options.seed)  # the same first weights and batches for both
         model = compiled_network()
