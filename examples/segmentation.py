@@ -12,7 +12,6 @@ The same network learns without the map, by the default of `weight_map`, and wit
     python segmentation.py --backend torch --epochs 12 --json run.json --plot run.png
 
 The picture shows images, their maps, and what was found, red where a gap was filled.
-
 It needs lossargs, a backend of Keras, mlxtend (with SciPy), and matplotlib (for --plot).
 """
 
@@ -57,7 +56,8 @@ def compiled_network() -> keras.Model:
     fine = layers.Conv2D(8, 3, padding="same", activation="relu")(image)
     coarse = layers.Conv2D(16, 3, padding="same", activation="relu")(layers.MaxPooling2D()(fine))
     both = layers.Concatenate()([fine, layers.UpSampling2D()(coarse)])
-    model = keras.Model(image, layers.Conv2D(1, 3, padding="same", activation="sigmoid")(both))
+    fused = layers.Conv2D(8, 3, padding="same", activation="relu")(both)
+    model = keras.Model(image, layers.Conv2D(1, 1, activation="sigmoid")(fused))
     model.compile(keras.optimizers.Adam(1e-2), loss=pixel_loss())
     return model
 
