@@ -24,7 +24,17 @@ MINIMUM_KERAS = next(
 )
 TRAINING_BACKENDS = ("tensorflow", "jax", "torch")
 MNIST_RESULTS = Path("build/mnist")
-EXAMPLES = ("vae", "heat_equation", "wgan_gp", "focal", "ppo", "native_loops")
+EXAMPLES = (
+    "vae",
+    "heat_equation",
+    "wgan_gp",
+    "distillation",
+    "segmentation",
+    "uncertainty_weighting",
+    "focal",
+    "ppo",
+    "native_loops",
+)
 BENCH_RESULTS = Path("benchmarks/results")
 EXAMPLE_RESULTS = Path("build/examples")
 SHIFTS = (10, 5)

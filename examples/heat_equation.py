@@ -11,8 +11,7 @@ It learns without data, on JAX, TensorFlow or PyTorch, and is compared with the 
     python heat_equation.py
     python heat_equation.py --backend torch --epochs 60 --json run.json --plot run.png
 
-The picture shows the exact solution, what the network says, the error of that, and both parts of
-the loss after each epoch.
+The picture shows the exact solution, the network's, its error, and both parts of the loss.
 
 It needs lossargs, a backend of Keras, and matplotlib (for --plot).
 """
@@ -120,8 +119,8 @@ def main(options: argparse.Namespace) -> None:
     keras.utils.set_random_seed(options.seed)
     x, t, u, weight = points(options.seed)
     model = compiled_network(steps=options.epochs * POINTS // BATCH)
-    training = {"epochs": options.epochs, "batch_size": BATCH, "verbose": 2}
-    history = model.fit([x, t], u, sample_weight={"weight": weight}, **training).history
+    training = {"epochs": options.epochs, "batch_size": BATCH, "sample_weight": {"weight": weight}}
+    history = model.fit([x, t], u, **training).history
     with tempfile.TemporaryDirectory() as folder:  # no custom_objects: all is registered
         model.save(f"{folder}/heat.keras")
         loaded = keras.saving.load_model(f"{folder}/heat.keras")

@@ -137,7 +137,7 @@ def main(options: argparse.Namespace) -> None:
     keras.utils.set_random_seed(options.seed)
     annealing_steps = options.epochs * len(train) // BATCH // 2
     model = compiled_vae(annealing_steps)
-    training = {"epochs": options.epochs, "batch_size": BATCH, "verbose": 2}
+    training = {"epochs": options.epochs, "batch_size": BATCH}
     history = model.fit(train, train, validation_data=(test, test), **training).history
     with tempfile.TemporaryDirectory() as folder:  # no custom_objects: all is registered
         model.save(f"{folder}/vae.keras")

@@ -154,7 +154,7 @@ def main(options: argparse.Namespace) -> None:
     keras.utils.set_random_seed(options.seed)
     model = compiled_gan(options.epochs * STEPS)
     real = ring(BATCH * STEPS, options.seed)
-    training = {"epochs": options.epochs, "batch_size": BATCH, "verbose": 2}
+    training = {"epochs": options.epochs, "batch_size": BATCH}
     history = model.fit(real, real, **training).history
     with tempfile.TemporaryDirectory() as folder:  # no custom_objects: all is registered
         model.save(f"{folder}/gan.keras")
