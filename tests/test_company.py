@@ -1,4 +1,4 @@
-"""Losses with arguments beside what else people use with Keras: callbacks, tuners, wrappers, export.
+"""Losses with arguments beside what people use with Keras: callbacks, tuners, wrappers, export.
 
 Most models here are not trained: their loss is known, and what changes it is the argument.
 """
@@ -35,7 +35,7 @@ def error_of(data):
     return float(np.mean((data.y - predictions(data.x)) ** 2))
 
 
-def fitted(model, data, *callbacks, epochs=len(SHIFTS), **options):
+def fitted(model, data, *callbacks, epochs=6, **options):
     options = {"validation_data": (data.x, data.y), "verbose": 0, **options}
     return model.fit(data.x, data.y, epochs=epochs, callbacks=list(callbacks), **options).history
 
@@ -419,7 +419,7 @@ def mixed_float16():
 
 
 def test_loss_scale(data, mixed_float16):
-    """The loss is scaled for the gradients only; live values keep float32, and are trained right."""
+    """The loss is scaled for the gradients only; live values keep float32."""
     shift, scale = variable(1 / 3), keras.Variable(1.0, name="scale")
     inner = losses.scaled(scale)
     loss = losses.composed(main=inner, weight=shift)
