@@ -222,6 +222,7 @@ def regressor(X, y, loss):  # noqa: N803
     return attached(loss, keras.optimizers.SGD(0.1), model)
 
 
+@pytest.mark.nightly
 def test_grid_search_of_a_regressor(data):
     selection = pytest.importorskip("sklearn.model_selection")
     grid = [losses.scaled(0.0), losses.scaled(1.0)]
