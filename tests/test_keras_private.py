@@ -84,12 +84,12 @@ def names_on_stack(*wanted):
 
 
 @private(
-    "backend.AutocastScope",
+    "backend.common.variables.AutocastScope",
     used="so that LossArgs reads live values in their own precision",
     look="keras/src/backend/common/variables.py",
 )
 def test_autocast_scope():
-    scope = find("backend.AutocastScope")
+    scope = find("backend.common.variables.AutocastScope")
     variable = keras.Variable(1.0, dtype="float32")
     with scope("float16"):
         assert keras.backend.standardize_dtype(variable.value.dtype) == "float16"
