@@ -328,6 +328,8 @@ def served(path, x):
     return exported.serve(*x if len(x) == 1 else [x]).numpy()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.onnx.*")
+@pytest.mark.filterwarnings("ignore:You are using the legacy:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["variable", "input", "detached"])
 def test_export(tmp_path, data, kind):
     if BACKEND == "torch":
