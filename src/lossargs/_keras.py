@@ -11,9 +11,8 @@ from typing import Any
 
 import keras
 
-# What a layer gives for symbolic tensors, found out by calling it; and the scope in which variables
-# are read in the precision of a layer, or, with `None`, in their own.
-from keras.src.backend import AutocastScope, compute_output_spec
+# What a layer gives for symbolic tensors, found out by calling it.
+from keras.src.backend import compute_output_spec
 from keras.src.backend.common.global_state import get_global_attribute
 
 # A mask travels on the tensor that it is for.
@@ -22,6 +21,9 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 # Before the first step Keras builds the loss with stand-ins, which did not come from the model.
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+
+# The scope in which variables are read in the precision of a layer, or, with `None`, in their own.
+from keras.src.backend.common.variables import AutocastScope
 
 # How Keras makes one number of the losses of the samples; what the replicas of `tf.distribute` are
 # given is scaled by their number, and logs are not.
