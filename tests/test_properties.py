@@ -72,10 +72,9 @@ def functions(draw):
     written = [f"{n}={defaults[n]!r}" if n in defaults else n for n in (*positional, *keyword)]
     parts = [*first, *(["/"] if slash else []), *written[:cut]]
     parts += [*(["*"] if keyword else []), *written[cut:], *(["**others"] if extra else [])]
-    given = ", ".join(f"{n!r}: {n}" for n in (*positional, *keyword))
-    others = ", **others" if extra else ""
+    given = [f"{n!r}: {n}" for n in (*positional, *keyword)] + ["**others"] * extra
     source = f"def generated({', '.join(parts)}):\n"
-    source += f"    return observed({first[0]}, {first[1]}, {{{given}{others}}})\n"
+    source += f"    return observed({first[0]}, {first[1]}, {{{', '.join(given)}}})\n"
     forbidden = {*RESERVED, *(() if slash else first)}
     return types.SimpleNamespace(
         source=source, positional=positional, keyword=keyword,
