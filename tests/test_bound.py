@@ -5,12 +5,13 @@ import pickle
 import threading
 
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 from keras import ops
 
 import losses
-from helpers import message_of, to_float
+from helpers import BACKEND, message_of, to_float
 from lossargs import ArgumentError, BatchError, ImmutableError, with_args
 from losses import composed, described, flexible, masked, scaled, shifted, total
 
@@ -187,6 +188,40 @@ def test_unknown_entry_of_the_batch():
 def test_entry_of_the_batch_without_a_name():
     with pytest.raises(BatchError, match="has an entry 0, which masked does not take"):
         masked()(Y_TRUE, Y_PRED, {0: Y_TRUE})
+    with pytest.raises(BatchError, match="has an entry 0, which flexible does not take"):
+        flexible()(Y_TRUE, Y_PRED, {"a": Y_TRUE, 0: Y_TRUE})
+
+
+def test_arrays_that_are_no_tensors():
+    loop = []
+    loop.append(loop)
+    for value, text in (
+        (np.zeros(2, object), "'what' is an array of object"),
+        (np.zeros(2, "longdouble"), "'what' is an array of float128"),
+        (np.ma.zeros(2), "'what' is a masked array"),
+        (loop, "'what' has too many lists, tuples and dicts in one another"),
+    ):
+        with pytest.raises(ArgumentError, match=text):
+            described()(Y_TRUE, Y_PRED, what=value)
+    if BACKEND == "torch":
+        with pytest.raises(ArgumentError, match="'what' is an array of uint64, of which torch"):
+            described(what=np.zeros(2, "uint64"))(Y_TRUE, Y_PRED)
+    with pytest.raises(ArgumentError, match="'what' of described.. has more than 32 lists"):
+        described(what=loop)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_small_floats_reach_the_function_in_the_dtype_of_the_loss(dtype):
+    seen = []
+
+    @with_args
+    def watching(y_true, y_pred, value):
+        seen.append(keras.backend.standardize_dtype(value.dtype))
+        return ops.mean(value * ops.square(y_true - y_pred), axis=-1)
+
+    array = np.array([1.5], ml_dtypes.finfo(dtype).dtype)
+    assert to_float(watching(array)(Y_TRUE, Y_PRED)) == 7.5
+    assert seen == ["float32"]
 
 
 def test_entry_of_the_batch_that_is_none():

@@ -125,7 +125,7 @@ def test_equal_constants_give_the_same_object():
     assert shifted(10) is not shifted(5)
     assert shifted(10) is not shifted.options(reduction="sum")(10)
     loss = losses.described(what={"a": [1, (2.0, None)], "b": "c"})
-    assert losses.described(what={"b": "c", "a": [1, (2.0, None)]}) is loss
+    assert losses.described(what={"a": [1, (2.0, None)], "b": "c"}) is loss
     assert losses.described(what=np.arange(3)) is losses.described(what=np.arange(3))
 
 
@@ -146,6 +146,32 @@ def test_equal_constants_give_the_same_object():
 )
 def test_values_that_compile_differently_are_different(one, other):
     assert losses.described(what=one) != losses.described(what=other)
+
+
+def test_order_counts_where_the_function_can_see_it():
+    assert losses.described(what={"a": 1, "b": 2}) != losses.described(what={"b": 2, "a": 1})
+    one, other = flexible(a=1, b=2), flexible(b=2, a=1)
+    assert [list(one.args), list(other.args)] == [["a", "b"], ["b", "a"]]
+    assert losses.scaled(power=1.0, scale=2) is losses.scaled(2, power=1.0)
+
+
+def test_extra_arguments_named_as_the_first_two():
+    @with_args
+    def lenient(labels, outputs, **extra):
+        return mse(labels, outputs)
+
+    @with_args
+    def strict(labels, outputs, /, **extra):
+        return mse(labels, outputs) + extra["labels"]
+
+    for wrong in (
+        lambda: lenient(labels=1),
+        lambda: lenient().replace(outputs=1),
+        lambda: lenient()(Y_TRUE, Y_PRED, labels=1),
+    ):
+        with pytest.raises(ArgumentError, match="'(labels|outputs)', which lenient does not take"):
+            wrong()
+    assert to_float(strict(labels=1)(Y_TRUE, Y_PRED)) == 6
 
 
 def test_nan_equals_itself():

@@ -52,12 +52,21 @@ VALUES = [
     np.array([1 + 2j], "complex64"),
     np.asfortranarray(np.arange(6).reshape(2, 3)),
     np.arange(4).astype(ml_dtypes.bfloat16),
+    np.arange(4).astype(ml_dtypes.float8_e5m2),
+    np.str_("a\0"),
+    np.bytes_(b"a\0"),
 ]
 
 
 @pytest.mark.parametrize("value", VALUES, ids=repr)
 def test_value_comes_back_exactly(value):
     assert reloaded(described(what=value)) == described(what=value)
+
+
+def test_integer_of_thousands_of_digits_comes_back():
+    loss = described(what=[-(10**5000)])
+    assert reloaded(loss) is loss
+    assert repr(loss) == "described(what=[<integer of 16610 bits>])"
 
 
 @pytest.mark.parametrize(

@@ -103,9 +103,9 @@ class BoundLoss(keras.losses.Loss):
             SignatureError: The function captures a variable or a symbolic tensor.
         """
         function.refuse_live_captures()
-        taken = {n: take(v, f"{n!r} of {function.name}()") for n, v in args.items()}
+        taken = {n: take(args[n], f"{n!r} of {function.name}()") for n in function.in_order(args)}
         options = {"name": name, "reduction": reduction, "dtype": dtype or keras.config.floatx()}
-        values = frozenset((name, identity(value)) for name, value in taken.items())
+        values = tuple((name, identity(value)) for name, value in taken.items())
         key = (function, values, *options.values())
         with _interned_lock:
             loss: Self | None = _interned.get(key)
@@ -338,7 +338,7 @@ class BoundLoss(keras.losses.Loss):
             if self._inner and y_pred is not source:  # these look at what their `y_pred` carries
                 y_pred = carry(y_pred, carried(source))
             values = function.fn(
-                y_true, y_pred, **{name: hand_on(v, self.dtype) for name, v in args.items()}
+                y_true, y_pred, **{name: hand_on(v, self.dtype, name) for name, v in args.items()}
             )
             if sample_weight is not None and _is_one_number(values, sample_weight):
                 raise BatchError(

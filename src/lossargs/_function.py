@@ -22,7 +22,7 @@ from lossargs._errors import (
     nearest,
 )
 from lossargs._keras import get_object_name
-from lossargs._values import identity, take
+from lossargs._values import identity, show, take
 
 # `loss(y_true, y_pred, sample_weight=None, **extra)` has these names for itself.
 RESERVED = ("y_true", "y_pred", "sample_weight")
@@ -54,6 +54,9 @@ class LossFunction:
         parameters = self.signature.parameters.values()
         self._named = {p.name: p for p in parameters if p.kind is not p.VAR_KEYWORD}
         self.takes_any_name = len(self._named) < len(self.signature.parameters)
+        # What Keras gives by position can be given by name too, unless there is a `/` after it.
+        two = list(inspect.signature(fn).parameters.values())[:2]
+        self._first_two = tuple(p.name for p in two if p.kind is p.POSITIONAL_OR_KEYWORD)
         self._required = tuple(n for n, p in self._named.items() if p.default is p.empty)
 
         self._layers = _layers(fn)
@@ -87,8 +90,9 @@ class LossFunction:
         for name in kwargs:
             if name in bound:
                 raise ArgumentError(
-                    f"{self.name}() was given {name!r} twice: by position ({bound[name]!r}) and by "
-                    f"name ({kwargs[name]!r}). Give it once, {self.name}({name}=...)."
+                    f"{self.name}() was given {name!r} twice: by position "
+                    f"({show(bound[name])}) and by name ({show(kwargs[name])}). Give it once, "
+                    f"{self.name}({name}=...)."
                 )
         self.check_names(kwargs, f"{self.name}() was given")
         bound |= kwargs
@@ -106,9 +110,17 @@ class LossFunction:
         """The extra parameters but for `**extra`."""
         return list(self._named)
 
+    def in_order(self, given: Collection[str]) -> list[str]:
+        """The names given as the function can tell them apart: its own first, then `**extra`."""
+        named = [name for name in self._named if name in given]
+        return [*named, *(name for name in given if name not in self._named)]
+
     def takes(self, name: str) -> bool:
         """Whether there is an extra parameter of that name."""
-        return name not in RESERVED and (name in self._named or self.takes_any_name)
+        if name in self._named:
+            return True
+        free = name not in RESERVED and name not in self._first_two
+        return self.takes_any_name and free and isinstance(name, str)
 
     def check_names(
         self,

@@ -13,7 +13,12 @@ import numpy as np
 from lossargs._errors import ArgumentError, SavingError
 
 _PLAIN = (type(None), bool, int, str)  # what JSON keeps as it is, but for floats
+_LONG = 2048  # bits of an integer; Python refuses to write much longer ones in decimal
+_DEEPEST = 32  # of containers in containers; Keras's serialization takes ten calls for each
 _ATOMS = (*_PLAIN, float, complex, bytes)
+
+_NO_NUMBERS = "SUMm"  # kinds of dtypes: text, dates and times
+_USER_DEFINED = 2  # of `dtype.isbuiltin`: those of ml_dtypes, as bfloat16
 
 # Holds variables, or is used up: as a constant it would be read once, when the step is traced.
 _REFUSED = {
@@ -83,24 +88,34 @@ class _Tensor:
     array: np.ndarray[Any, Any]
 
 
-def take(value: Any, where: str) -> Any:
+def take(value: Any, where: str, depth: int = 0) -> Any:
     """A value that is to be bound: a copy, so that later changes change nothing, unless live.
 
     Args:
         value: What the user gave.
         where: The argument it was given for, for the message: `` `shift` of shifted() ``.
+        depth: In how many containers it stands.
 
     Raises:
         ArgumentError: The value is neither live nor a constant.
     """
-    if type(value) in _ATOMS or isinstance(value, (np.generic, _Tensor)) or is_live(value):
+    if type(value) in _ATOMS or isinstance(value, _Tensor) or is_live(value):
         return value
+    if isinstance(value, np.generic):
+        _refuse_dtype(value.dtype, where)
+        return value
+    if depth > _DEEPEST:
+        raise ArgumentError(
+            f"{where} has more than {_DEEPEST} lists, tuples and dicts in one another, or one that "
+            "contains itself, and could not be saved. Give a flatter value."
+        )
     if isinstance(value, dict):
-        return {take(k, where): take(v, where) for k, v in value.items()}
+        items = value.items()
+        return {take(k, where, depth + 1): take(v, where, depth + 1) for k, v in items}
     if isinstance(value, list):
-        return [take(item, where) for item in value]
+        return [take(item, where, depth + 1) for item in value]
     if type(value) is tuple:
-        return tuple(take(item, where) for item in value)
+        return tuple(take(item, where, depth + 1) for item in value)
     kind = _refused_kind(value)
     if kind is not None:
         raise ArgumentError(
@@ -127,18 +142,31 @@ def take(value: Any, where: str) -> Any:
 
 
 def _take_array(value: Any, where: str) -> np.ndarray[Any, Any]:
+    _refuse_mask(value, where)
+    array = np.array(value, order="C")
+    _refuse_dtype(array.dtype, where)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _refuse_mask(value: Any, where: str) -> None:
     if isinstance(value, np.ma.MaskedArray):
         raise ArgumentError(
             f"{where} is a masked array, and no backend has a tensor with a mask. Give its data "
             "and its mask as two arguments."
         )
-    array = np.array(value, order="C")
-    if array.dtype.hasobject or array.dtype.names:
+
+
+def _refuse_dtype(dtype: np.dtype[Any], where: str) -> None:
+    """Raise for a dtype that Keras does not know, but for text and dates."""
+    if dtype.kind in _NO_NUMBERS:
+        return
+    try:
+        keras.backend.standardize_dtype(dtype.name)
+    except ValueError:
         raise ArgumentError(
-            f"{where} is an array of {array.dtype}, which no backend can compute with. Give it a "
+            f"{where} is an array of {dtype}, which no backend can compute with. Give it a "
             "numeric dtype, e.g. `array.astype('float32')`."
-        )
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
+        ) from None
 
 
 def _value_of_tensor(value: Any, where: str) -> np.ndarray[Any, Any]:
@@ -180,12 +208,15 @@ def rebuilt(value: Any, convert: Callable[[Any], Any]) -> Any:
     return convert(value)
 
 
-def hand_on(value: Any, dtype: str) -> Any:
+def hand_on(value: Any, dtype: str, where: str) -> Any:
     """The value for the user's function, the same on every backend.
 
     Arrays and tensors become tensors that a step computes with: floats in `dtype`, as `y_true` and
     `y_pred` are, bool and integers in their own. Containers are new, so that the function may
     change them.
+
+    Raises:
+        ArgumentError: The backend has no tensor for an array.
     """
 
     def convert(leaf: Any) -> Any:
@@ -195,15 +226,37 @@ def hand_on(value: Any, dtype: str) -> Any:
             leaf = leaf.array
         elif isinstance(leaf, keras.Variable):
             leaf = leaf.value
-        elif isinstance(leaf, np.ndarray) and leaf.dtype.kind in "SUMm":  # no numbers
-            return leaf
-        if isinstance(leaf, np.ndarray) or keras.ops.is_tensor(leaf):
+        if isinstance(leaf, np.ndarray):
+            return leaf if leaf.dtype.kind in _NO_NUMBERS else _as_tensor(leaf, dtype, where)
+        if keras.ops.is_tensor(leaf):
             own = keras.backend.standardize_dtype(leaf.dtype)
             cast = own != dtype and keras.backend.is_float_dtype(own)
             return keras.ops.convert_to_tensor(leaf, dtype=dtype if cast else None)
         return leaf
 
-    return rebuilt(value, convert)
+    try:
+        return rebuilt(value, convert)
+    except RecursionError as error:
+        raise ArgumentError(
+            f"{where!r} has too many lists, tuples and dicts in one another, or one that contains "
+            "itself. Give a flatter value."
+        ) from error
+
+
+def _as_tensor(array: np.ndarray[Any, Any], dtype: str, where: str) -> Any:
+    _refuse_mask(array, repr(where))
+    _refuse_dtype(array.dtype, repr(where))
+    own = keras.backend.standardize_dtype(array.dtype)
+    cast = own != dtype and keras.backend.is_float_dtype(own)
+    if cast and array.dtype.isbuiltin == _USER_DEFINED:
+        array = array.astype("float32")  # torch leaves such an array in bfloat16, or refuses it
+    try:
+        return keras.ops.convert_to_tensor(array, dtype=dtype if cast else None)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"{where!r} is an array of {array.dtype}, of which {keras.backend.backend()} has no "
+            "tensors. Give it another dtype, e.g. `array.astype('int64')`."
+        ) from error
 
 
 def _exhibited(leaf: Any) -> Any:
@@ -224,7 +277,8 @@ def exhibit(value: Any) -> Any:
 def identity(value: Any) -> Hashable:
     """A key that is equal for two values if they make the same compiled step.
 
-    So 1, 1.0 and True differ, 0.0 and -0.0 differ, and NaN equals itself.
+    So 1, 1.0 and True differ, 0.0 and -0.0 differ, dicts in another order differ, and NaN equals
+    itself.
     """
     if type(value) in (float, complex):
         return type(value), repr(value)
@@ -235,7 +289,7 @@ def identity(value: Any) -> Hashable:
         digest = hashlib.blake2b(array.tobytes()).digest()
         return type(value), array.dtype, array.shape, digest
     if isinstance(value, dict):
-        return dict, frozenset((identity(k), identity(v)) for k, v in value.items())
+        return dict, tuple((identity(k), identity(v)) for k, v in value.items())
     if type(value) in (list, tuple):
         return type(value), tuple(identity(item) for item in value)
     return type(value), value
@@ -262,6 +316,8 @@ def show(value: Any) -> str:
         return f"<symbolic tensor {value.name!r} {value.shape}>"
     if isinstance(value, Saved):
         return value.shown
+    if _is_long(value):
+        return f"<integer of {value.bit_length()} bits>"
     if is_live(value):
         return f"<{type(value).__name__}>"
     return repr(value)
@@ -276,6 +332,8 @@ def encode(value: Any, where: str) -> Any:
     Raises:
         SavingError: The value would not load again.
     """
+    if _is_long(value):
+        return {"kind": "integer", "data": hex(value)}
     if type(value) in (*_PLAIN, float):
         return value
     if type(value) is list:
@@ -291,6 +349,8 @@ def encode(value: Any, where: str) -> Any:
         return {"kind": "bytes", "data": base64.b64encode(value).decode()}
     if isinstance(value, np.ndarray):
         return _encode_array("array", value)
+    if isinstance(value, (np.str_, np.bytes_)):  # an array would drop zeros at the end
+        return {"kind": "text", "item": encode(value[:], where)}
     if isinstance(value, np.generic):
         return _encode_array("scalar", np.asarray(value))
     if isinstance(value, _Tensor):
@@ -300,10 +360,15 @@ def encode(value: Any, where: str) -> Any:
     return _encode_object(value, where)
 
 
+def _is_long(value: Any) -> bool:
+    return type(value) is int and value.bit_length() > _LONG
+
+
 def _encode_array(kind: str, array: np.ndarray[Any, Any]) -> dict[str, Any]:
     array = array.astype(array.dtype.newbyteorder("<"), copy=False)
     # NumPy spells the dtypes of ml_dtypes (bfloat16, ...) as raw bytes; their name is exact.
-    dtype = array.dtype.name if array.dtype.kind == "V" else array.dtype.str
+    own = array.dtype.isbuiltin == _USER_DEFINED
+    dtype = array.dtype.name if own else array.dtype.str
     data = base64.b64encode(array.tobytes()).decode()
     return {"kind": kind, "dtype": dtype, "shape": list(array.shape), "data": data}
 
@@ -349,6 +414,11 @@ def decode(config: Any) -> Any:
                 return tuple(decode(item) for item in config["items"])
             case "dict":
                 return {decode(k): decode(v) for k, v in config["items"]}
+            case "integer":
+                return int(config["data"], 16)
+            case "text":
+                item = decode(config["item"])
+                return np.str_(item) if isinstance(item, str) else np.bytes_(item)
             case "complex":
                 return complex(*config["items"])
             case "bytes":

@@ -1,0 +1,306 @@
+"""Generated signatures, bindings and values, against a model of them in plain Python."""
+
+import gc
+import json
+import pickle
+import struct
+import sys
+import types
+import weakref
+
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from lossargs import ArgumentError, BatchError, LossArgsError, SignatureError, with_args
+from losses import described
+
+pytestmark = pytest.mark.properties
+
+Y_TRUE, Y_PRED = np.zeros((2, 1), "float32"), np.array([[1.0], [3.0]], "float32")
+SAMPLES = np.array([1.0, 9.0])  # the squared errors
+RESERVED = ("y_true", "y_pred", "sample_weight")
+
+# Functions are written here, so that pickle finds them.
+MODULE = types.ModuleType("generated_losses")
+sys.modules[MODULE.__name__] = MODULE
+received = []
+
+
+def observed(y_true, y_pred, args):
+    """The squared error, plus each number given times its place: no two may change places."""
+    received.append(args)
+    values = keras.ops.mean(keras.ops.square(y_true - y_pred), axis=-1)
+    for place, value in enumerate(args.values(), start=1):
+        if type(value) in (int, float):
+            values = values + place * value
+    return values
+
+
+MODULE.observed = observed
+
+NAMES = ["shift", "a", "b", "self", "name", "reduction", "fn", "args", "größe", "t", "labels", "_x"]
+CALLED = [*NAMES, "shfit", "not a name", *RESERVED]
+numbers = st.integers(-9, 9) | st.floats(-9, 9, allow_subnormal=False).map(lambda v: round(v, 3))
+constants = (
+    numbers
+    | st.none()
+    | st.booleans()
+    | st.text(max_size=3)
+    | st.lists(numbers, max_size=2)
+    | st.tuples(numbers, st.text(max_size=1))
+    | st.dictionaries(st.sampled_from("abc"), numbers, max_size=3)
+)
+by_name = st.dictionaries(st.sampled_from(CALLED), constants, max_size=3)
+
+
+@st.composite
+def functions(draw):
+    """Source of a function, and what it takes: by position, by name only, defaults, any name."""
+    first = draw(st.sampled_from([("y_true", "y_pred"), ("t", "p"), ("labels", "outputs")]))
+    slash = draw(st.booleans())
+    free = [n for n in [*NAMES, *RESERVED[2:]] if n not in first]
+    names = draw(st.lists(st.sampled_from(free), unique=True, max_size=4))
+    cut = draw(st.integers(0, len(names)))
+    defaults = {n: draw(numbers) for n in names if draw(st.booleans())}
+    positional = sorted(names[:cut], key=lambda n: n in defaults)
+    keyword = names[cut:]
+    extra = draw(st.booleans())
+    written = [f"{n}={defaults[n]!r}" if n in defaults else n for n in (*positional, *keyword)]
+    parts = [*first, *(["/"] if slash else []), *written[:cut]]
+    parts += [*(["*"] if keyword else []), *written[cut:], *(["**others"] if extra else [])]
+    given = [f"{n!r}: {n}" for n in (*positional, *keyword)] + ["**others"] * extra
+    source = f"def generated({', '.join(parts)}):\n"
+    source += f"    return observed({first[0]}, {first[1]}, {{{', '.join(given)}}})\n"
+    forbidden = {*RESERVED, *(() if slash else first)}
+    return types.SimpleNamespace(
+        source=source, positional=positional, keyword=keyword,
+        defaults=defaults, extra=extra, forbidden=forbidden,
+    )  # fmt: skip
+
+
+class ExpectedError(Exception):
+    """What the model expects an error for: the kind of error, and the names it may tell."""
+
+
+def checked(names, known, extra, forbidden, error=ArgumentError):
+    bad = [n for n in names if n not in known and (not extra or n in forbidden)]
+    if bad:
+        raise ExpectedError(error, [repr(n) for n in bad])
+
+
+def same(one, other):
+    """Equal in type, dtype, shape and bits; dicts in order."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, float) and not isinstance(one, np.generic):
+        return (one != one and other != other) or struct.pack("d", one) == struct.pack("d", other)  # noqa: PLR0124
+    if type(one) is complex:
+        return same(one.real, other.real) and same(one.imag, other.imag)
+    if isinstance(one, (np.str_, np.bytes_)):
+        return one[:] == other[:]
+    if isinstance(one, (np.ndarray, np.generic)):
+        one, other = np.asarray(one), np.asarray(other)
+        alike = (one.dtype, one.shape) == (other.dtype, other.shape)
+        return alike and one.tobytes() == other.tobytes()
+    if isinstance(one, dict):
+        return same(list(one.items()), list(other.items()))
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+REDUCED = {
+    "sum_over_batch_size": lambda v, w: (v * w).sum() / 2,
+    "sum": lambda v, w: (v * w).sum(),
+    "mean_with_sample_weight": lambda v, w: (v * w).sum() / w.sum(),
+    None: lambda v, w: v * w,
+}
+
+
+# At a call, reserved names are Keras's own parameters: given twice, they are Python's TypeError.
+at_a_call = st.dictionaries(st.sampled_from(CALLED[: -len(RESERVED)]), constants, max_size=3)
+in_batch = st.dictionaries(
+    st.sampled_from([*CALLED[: -len(RESERVED)], 0]), numbers | st.none(), max_size=2
+)
+cases = st.builds(
+    types.SimpleNamespace,
+    positionals=st.lists(constants, max_size=3),
+    keywords=by_name,
+    replacements=st.lists(by_name, max_size=2),
+    batch=in_batch,
+    extras=at_a_call,
+    reduction=st.sampled_from(list(REDUCED)),
+    weight=st.sampled_from([None, (2.0, 0.5)]),
+)
+
+
+def merged(function, case):
+    """What the function is to receive, or what is wrong with the case, told by plain Python."""
+    known = [*function.positional, *function.keyword]
+    rules = (known, function.extra, function.forbidden)
+    if "sample_weight" in known:
+        raise ExpectedError(SignatureError, ["'sample_weight'"])
+    if len(case.positionals) > len(function.positional):
+        raise ExpectedError(ArgumentError, [f"given {len(case.positionals)} positional"])
+    args = dict(zip(function.positional, case.positionals, strict=False))
+    if twice := [n for n in case.keywords if n in args]:
+        raise ExpectedError(ArgumentError, [repr(n) for n in twice])
+    for changes in (case.keywords, *case.replacements):
+        checked(changes, *rules)
+        args |= changes
+    names = [n for n in case.batch if isinstance(n, str)]
+    checked([n for n in case.batch if n not in names], known, False, (), BatchError)
+    checked(names, *rules, BatchError)
+    if nothing := [n for n, value in case.batch.items() if value is None]:
+        raise ExpectedError(BatchError, [repr(n) for n in nothing])
+    checked(case.extras, *rules)
+    args = args | case.batch | case.extras
+    if missing := [n for n in known if n not in args and n not in function.defaults]:
+        raise ExpectedError(ArgumentError, [repr(n) for n in missing])
+    own = {n: args.get(n, function.defaults.get(n)) for n in known}
+    return own | {n: v for n, v in args.items() if n not in known}
+
+
+def evaluated(function, case):
+    """What lossargs gives, after a round trip by config and by pickle."""
+    exec(function.source, MODULE.__dict__)
+    factory = MODULE.generated = with_args(MODULE.generated)
+    loss = factory.options(reduction=case.reduction)(*case.positionals, **case.keywords)
+    for changes in case.replacements:
+        loss = loss.replace(**changes)
+    third = None if case.weight is None else np.array(case.weight, "float32")
+    if case.batch:
+        third = case.batch if third is None else {**case.batch, "sample_weight": third}
+    received.clear()
+    value = keras.ops.convert_to_numpy(loss(Y_TRUE, Y_PRED, third, **case.extras))
+    assert pickle.loads(pickle.dumps(loss)) is loss
+    config = json.loads(json.dumps(keras.losses.serialize(loss)))
+    assert keras.losses.deserialize(config) is loss
+    return value
+
+
+@given(functions(), cases)
+def test_bound_loss_equals_the_direct_call(function, case):
+    try:
+        args = merged(function, case)
+    except ExpectedError as expected:
+        error, tellings = expected.args
+        with pytest.raises(LossArgsError) as raised:
+            evaluated(function, case)
+        # Several things may be wrong with one call; which of them is told is free.
+        assert isinstance(raised.value, error), raised.value
+        assert any(telling in str(raised.value) for telling in tellings), raised.value
+        return
+    value = evaluated(function, case)
+    assert same(received[0], args)
+    shift = sum(p * v for p, v in enumerate(args.values(), start=1) if type(v) in (int, float))
+    weights = np.ones(2) if case.weight is None else np.array(case.weight)
+    expected = REDUCED[case.reduction](SAMPLES + shift, weights)
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-3)
+
+
+DTYPES = [
+    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
+    "float16", "float32", "float64", "complex64", "complex128", "S3", "U2", "M8[s]",
+    ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, "longdouble", "V2", "O",
+]  # fmt: skip
+
+
+@st.composite
+def arrays(draw):
+    """Of any bits: NaN with a payload, infinities, -0.0; empty, of no dimension, of several."""
+    dtype = np.dtype(draw(st.sampled_from(DTYPES)))
+    shape = draw(st.sampled_from([(), (0,), (1,), (3,), (2, 0), (2, 3)]))
+    size = int(np.prod(shape))
+    if dtype.kind in "OU" or dtype == np.longdouble:
+        array = np.full(shape, "ä" if dtype.kind == "U" else 1).astype(dtype)
+    else:
+        data = draw(st.binary(min_size=size * dtype.itemsize, max_size=size * dtype.itemsize))
+        data = bytes(b & 1 for b in data) if dtype.kind == "b" else data
+        array = np.frombuffer(data, dtype).reshape(shape) if size else np.zeros(shape, dtype)
+    return array[()] if draw(st.booleans()) else array
+
+
+def nested(what):
+    value, depth = what
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+atoms = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([10**30, -(10**1000), 0.0, -0.0, 1e-320, "x" * 10_000, "\ud800"])
+    | st.floats()
+    | st.complex_numbers()
+    | st.text(st.characters(), max_size=8)
+    | st.binary(max_size=4)
+    | st.text(max_size=3).map(np.str_)
+)
+keys = st.text(max_size=3) | st.integers(-2, 2) | st.floats() | st.none() | st.tuples(st.booleans())
+values = st.recursive(
+    atoms | arrays(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(keys | st.sampled_from(["kind", "class_name"]), inner, max_size=3)
+        | st.tuples(inner, st.integers(1, 40)).map(nested)
+    ),
+    max_leaves=5,
+)
+
+
+def bound(value):
+    """The loss with it, or `None` where its own error says why not, and names the argument."""
+    try:
+        return described(what=value)
+    except ArgumentError as error:
+        assert "'what' of described()" in str(error)  # noqa: PT017
+        return None
+
+
+@given(values)
+def test_values_come_back_from_config_and_pickle(value):
+    loss = bound(value)
+    assume(loss is not None)
+    assert same(loss.args["what"], value)
+    text, pickled = json.dumps(keras.losses.serialize(loss)), pickle.dumps(loss)
+    alive = weakref.ref(loss)
+    del loss  # else loading an equal one gives this one, whatever was read
+    for load in (
+        lambda: keras.losses.deserialize(json.loads(text)),
+        lambda: pickle.loads(pickled),
+    ):
+        if alive() is not None:
+            gc.collect()
+        assert alive() is None
+        loaded = load()
+        assert same(loaded.args["what"], value)
+        assert loaded == described(what=value)
+        alive = weakref.ref(loaded)
+        del loaded
+
+
+@given(values)
+def test_any_value_can_be_called_with_or_is_refused(value):
+    try:
+        loss = described(what=value)
+        result = loss(Y_TRUE, Y_PRED)
+        assert float(result) == float(described()(Y_TRUE, Y_PRED, what=value)) == 5
+    except ArgumentError as error:
+        assert "'what'" in str(error)  # noqa: PT017
+
+
+@given(values, values | st.sampled_from([0, 0.0, -0.0, False, "", (), [], np.int8(0)]))
+def test_equal_constants_are_one_loss(value, other):
+    one, two = bound(value), bound(other)
+    assume(one is not None and two is not None)
+    assert described(what=pickle.loads(pickle.dumps(value))) is one
+    assert (one == two) == (one is two) == same(value, other)
+    assert one != two or hash(one) == hash(two)
