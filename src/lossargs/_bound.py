@@ -36,12 +36,14 @@ from lossargs._keras import (
 )
 from lossargs._values import (
     Saved,
+    checked,
     decode,
     encode,
     exhibit,
     hand_on,
     identity,
     live_leaves,
+    reading,
     rebuilt,
     show,
     take,
@@ -404,18 +406,20 @@ class BoundLoss(keras.losses.Loss):
             SavingError: Its function is not known in this process, takes other arguments by now, or
                 the config is damaged.
         """
-        try:
-            key, module = str(config["function"]), str(config["module"])
-            options = {name: config[name] for name in ("name", "reduction", "dtype")}
-            args = dict(config["args"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise SavingError(f"The config of a lossargs loss is damaged: {error!r}.") from error
-        function = registered(key, module)
-        decoded = {name: decode(value) for name, value in args.items()}
-        try:
-            return cls.of(function, function.bind((), decoded), **options)
-        except ArgumentError as error:
-            raise SavingError(f"The saved loss does not fit its function: {error}") from error
+        with reading("The config of a lossargs loss"):
+            key, module = checked(config, "function", str), checked(config, "module", str)
+            args = checked(config, "args", dict)
+            options = {
+                "name": checked(config, "name", str),
+                "reduction": checked(config, "reduction", str, type(None)),
+                "dtype": checked(config, "dtype", str, type(None)),
+            }
+            function = registered(key, module)
+            decoded = {name: decode(value) for name, value in args.items()}
+            try:
+                return cls.of(function, function.bind((), decoded), **options)
+            except ArgumentError as error:
+                raise SavingError(f"The saved loss does not fit its function: {error}") from error
 
     def __repr__(self) -> str:
         function = self._function
