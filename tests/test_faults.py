@@ -54,7 +54,9 @@ def test_exception_in_the_function(data, how, broken):
         assert "shift: float" in note
     del error
     broken["now"] = False
-    assert fitted(model, data) == pytest.approx(fitted(compiled(fragile(shift=1.0)), data), rel=1e-6)
+    assert fitted(model, data) == pytest.approx(
+        fitted(compiled(fragile(shift=1.0)), data), rel=1e-6
+    )
     gone = weakref.ref(model)
     del model
     gc.collect()
@@ -73,21 +75,6 @@ def test_entry_of_no_numbers(data, entry):
     loss = losses.masked()
     with pytest.raises(BatchError, match="The batch entry 'mask' for masked is"):
         loss(data.y, data.y, {"mask": values})
-
-
-@pytest.mark.parametrize("size", [5, 13])
-def test_entry_of_a_wrong_length(data, size):
-    model = compiled(losses.masked(), run_eagerly=True)
-    wrong = {"mask": np.ones((size, 2), "bool")}
-    with pytest.raises(Exception, match=r"(?s).") as error:
-        model.test_on_batch(data.x, data.y, sample_weight=wrong)
-    note = "".join(getattr(error.value, "__notes__", ()))
-    assert f"mask: bool ({size}, 2), where y_pred has 12 first" in note
-    del error
-    fresh = compiled(losses.masked())
-    assert fitted(model, data, mask=data.mask) == pytest.approx(
-        fitted(fresh, data, mask=data.mask), rel=1e-6
-    )
 
 
 def test_nan_shows_in_the_logs_and_stops_the_run(data):
