@@ -197,5 +197,5 @@ def test_damaged_values(value):
 def test_damaged_config(key):
     config = described(what=1).get_config()
     del config[key]
-    with pytest.raises(SavingError, match=f"config of a lossargs loss is damaged.*{key}"):
+    with pytest.raises(SavingError, match=f"config of a lossargs loss cannot be read: .*{key}"):
         type(described()).from_config(config)

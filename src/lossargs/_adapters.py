@@ -4,9 +4,10 @@ import weakref
 from typing import Any, ClassVar, Self
 
 import keras
+import numpy as np
 
 from lossargs._errors import AttachError
-from lossargs._values import decode, encode, live_types, show
+from lossargs._values import checked, decode, encode, live_types, load_object, reading, show
 
 
 class Adapter(keras.Layer):
@@ -165,11 +166,27 @@ class VariableAdapter(Adapter):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         config = dict(config)
-        options = dict(config.pop("variable"))
-        variable = keras.Variable(decode(options.pop("value")), **options)
-        variable.constraint = keras.constraints.deserialize(config.pop("constraint"))
-        variable.regularizer = keras.regularizers.deserialize(config.pop("regularizer"))
-        return cls(variable, **config)
+        with reading("A saved variable"):
+            options = checked(config, "variable", dict)
+            value = decode(options.get("value"))
+            # Of anything else, Keras would make a value of any size, or call it for one.
+            if not isinstance(value, np.ndarray):
+                raise TypeError(f"'value' is a {type(value).__name__}")
+            variable = keras.Variable(
+                value,
+                dtype=checked(options, "dtype", str),
+                trainable=checked(options, "trainable", bool),
+                name=checked(options, "name", str),
+                autocast=checked(options, "autocast", bool),
+                aggregation=checked(options, "aggregation", str, type(None)),
+            )
+            constraint, regularizer = config.pop("constraint"), config.pop("regularizer")
+            if constraint is not None:
+                variable.constraint = load_object(constraint, keras.constraints.Constraint)
+            if regularizer is not None:
+                variable.regularizer = load_object(regularizer, keras.regularizers.Regularizer)
+            del config["variable"]
+            return cls(variable, **config)
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
@@ -202,9 +219,10 @@ class ScheduleAdapter(Adapter):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        return cls(
-            **{**config, "schedule": keras.saving.deserialize_keras_object(config["schedule"])}
-        )
+        with reading("A saved schedule"):
+            # Of that class only: what it names is called in each step.
+            schedule = load_object(config.get("schedule"), cls.adapts)
+            return cls(**{**config, "schedule": schedule})
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
@@ -216,7 +234,8 @@ class TensorAdapter(Adapter):
 
     def __init__(self, tensor: Any = None, shape: Any = None, **kwargs: Any) -> None:
         super().__init__(tensor, **kwargs)
-        self.shape = shape if tensor is None else tuple(tensor.shape)
+        known = shape if tensor is None else tensor.shape
+        self.shape = None if known is None else tuple(known)  # JSON has no tuples
 
     def value(self, tensor: Any, training: bool) -> Any:  # noqa: ARG002
         return tensor

@@ -19,6 +19,7 @@ from lossargs._errors import (
     BatchError,
     EngineError,
     ImmutableError,
+    LossArgsError,
     SavingError,
     listed,
 )
@@ -36,12 +37,14 @@ from lossargs._keras import (
 )
 from lossargs._values import (
     Saved,
+    checked,
     decode,
     encode,
     exhibit,
     hand_on,
     identity,
     live_leaves,
+    reading,
     rebuilt,
     show,
     take,
@@ -337,9 +340,13 @@ class BoundLoss(keras.losses.Loss):
         def fn(y_true: Any, y_pred: Any) -> Any:
             if self._inner and y_pred is not source:  # these look at what their `y_pred` carries
                 y_pred = carry(y_pred, carried(source))
-            values = function.fn(
-                y_true, y_pred, **{name: hand_on(v, self.dtype, name) for name, v in args.items()}
-            )
+            given = {name: hand_on(v, self.dtype, name) for name, v in args.items()}
+            try:
+                values = function.fn(y_true, y_pred, **given)
+            except Exception as error:
+                if not isinstance(error, LossArgsError):  # these name the argument themselves
+                    error.add_note(_called(function.name, y_true, y_pred, given))
+                raise
             if sample_weight is not None and _is_one_number(values, sample_weight):
                 raise BatchError(
                     f"{function.name} returned one number for the whole batch, and was given "
@@ -368,6 +375,12 @@ class BoundLoss(keras.losses.Loss):
                 raise BatchError(
                     f"The batch entry {name!r} for {self._function.name} is None. Leave it out to "
                     "use the bound or default value, or give an array."
+                )
+            if getattr(getattr(value, "dtype", None), "kind", "") in ("O", "S", "U"):
+                raise BatchError(
+                    f"The batch entry {name!r} for {self._function.name} is an array of "
+                    f"{value.dtype}, which no backend can compute with. Give numbers, e.g. "
+                    "array.astype('float32')."
                 )
         # Keras weights such a metric by the first entry of the dict, in the order of its keys.
         if args and min(batch) != SAMPLE_WEIGHT and (metrics := weighted_metrics_in_use()):
@@ -404,18 +417,20 @@ class BoundLoss(keras.losses.Loss):
             SavingError: Its function is not known in this process, takes other arguments by now, or
                 the config is damaged.
         """
-        try:
-            key, module = str(config["function"]), str(config["module"])
-            options = {name: config[name] for name in ("name", "reduction", "dtype")}
-            args = dict(config["args"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise SavingError(f"The config of a lossargs loss is damaged: {error!r}.") from error
-        function = registered(key, module)
-        decoded = {name: decode(value) for name, value in args.items()}
-        try:
-            return cls.of(function, function.bind((), decoded), **options)
-        except ArgumentError as error:
-            raise SavingError(f"The saved loss does not fit its function: {error}") from error
+        with reading("The config of a lossargs loss"):
+            key, module = checked(config, "function", str), checked(config, "module", str)
+            args = checked(config, "args", dict)
+            options = {
+                "name": checked(config, "name", str),
+                "reduction": checked(config, "reduction", str, type(None)),
+                "dtype": checked(config, "dtype", str, type(None)),
+            }
+            function = registered(key, module)
+            decoded = {name: decode(value) for name, value in args.items()}
+            try:
+                return cls.of(function, function.bind((), decoded), **options)
+            except ArgumentError as error:
+                raise SavingError(f"The saved loss does not fit its function: {error}") from error
 
     def __repr__(self) -> str:
         function = self._function
@@ -508,6 +523,21 @@ def _is_one_number(values: Any, sample_weight: Any) -> bool:
     if not shape:
         return bool(weights)
     return all(size == 1 for size in shape) and any(size not in (1, None) for size in weights)
+
+
+def _called(name: str, y_true: Any, y_pred: Any, given: Mapping[str, Any]) -> str:
+    """What a function was called with, for whoever reads its exception."""
+    samples = _shape(y_pred)[:1]
+    parts = []
+    for argument, value in {"y_true": y_true, "y_pred": y_pred, **given}.items():
+        if keras.ops.is_tensor(value) or isinstance(value, np.ndarray):
+            part = f"{argument}: {str(value.dtype).removeprefix('torch.')} {_shape(value)}"
+            if _shape(value)[:1] not in ((), samples):
+                part += f", where y_pred has {samples[0] if samples else 'none'} first"
+        else:
+            part = f"{argument}: {type(value).__name__}"
+        parts.append(part)
+    return f"It was raised in the loss {name}, called with {'; '.join(parts)}."
 
 
 def _shape(values: Any) -> tuple[int | None, ...]:

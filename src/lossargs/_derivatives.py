@@ -1,6 +1,7 @@
 """`grad` and `derivatives`: derivatives of symbolic tensors, as symbolic tensors."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ from lossargs._keras import (
     in_sharing_scope,
     set_keras_mask,
 )
-from lossargs._values import Slot, rebuilt, show
+from lossargs._values import Slot, checked, damaged, reading, rebuilt, show
 
 
 def grad(y: keras.KerasTensor, x: keras.KerasTensor) -> keras.KerasTensor:
@@ -252,8 +253,13 @@ class Derivatives(LayerOfOthers):
         """What is differentiated, computed from the tensors that this layer is called with."""
         values = list(values)
 
+        def value(place: int) -> Any:
+            if place >= len(values):  # Keras takes an IndexError for a layer not yet called
+                raise damaged("The config of a Derivatives layer", f"there is no value {place}")
+            return values[place]
+
         def filled(leaf: Any) -> Any:
-            return values[leaf.index] if isinstance(leaf, Slot) else leaf
+            return value(leaf.index) if isinstance(leaf, Slot) else leaf
 
         for place, args, kwargs in self._program.calls:
             named = rebuilt(kwargs, filled)
@@ -261,7 +267,7 @@ class Derivatives(LayerOfOthers):
                 named["training"] = training  # as a Functional model does
             results = self.operations[place](*rebuilt(args, filled), **named)
             values += [results] if keras.ops.is_tensor(results) else keras.tree.flatten(results)
-        return [values[place] for place in self._program.results]
+        return [value(place) for place in self._program.results]
 
     def call(self, inputs: list[Any], training: bool | None = None) -> list[Any]:
         """The derivatives, for the tensors that are differentiated along and all others."""
@@ -285,6 +291,8 @@ class Derivatives(LayerOfOthers):
             if training and not self._trainable_checked:
                 probe(function, xs, [(y, (*path, path[-1])) for y, path in paths if path])
                 self._trainable_checked = True
+        except SavingError:
+            raise
         except Exception as error:
             function(xs)  # what fails without derivatives too says so by itself
             names = listed(one.name for one in self.operations)
@@ -323,13 +331,49 @@ class Derivatives(LayerOfOthers):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        if not config.pop("shared"):
+        config = dict(config)
+        if not config.pop("shared", True):
             raise SavingError(
                 "A model with derivatives cannot be made again from its config alone, as "
                 "keras.models.clone_model does: the layers that are differentiated would be other "
                 "ones than those of the model. Save and load it, or copy it by copy.deepcopy."
             )
         loaded = keras.saving.deserialize_keras_object
-        operations, calls = loaded(config.pop("operations")), loaded(config.pop("calls"))
-        paths = [(y, tuple(path)) for y, path in config.pop("paths")]
-        return cls(operations, calls, paths=paths, **config)
+        with reading("The config of a Derivatives layer"):
+            program = {
+                "operations": loaded(checked(config, "operations", list)),
+                "calls": loaded(checked(config, "calls", list)),
+                "results": checked(config, "results", list),
+                "along": checked(config, "along", int),
+                "paths": [(y, tuple(path)) for y, path in checked(config, "paths", list)],
+            }
+            _check_program(**program)
+            return cls(**{**config, **program})
+
+
+def _check_program(
+    operations: list[Any], calls: list[Any], results: list[Any], along: int, paths: list[Any]
+) -> None:
+    """Raise for a saved program that would take a value from a place where there is none."""
+    for operation in operations:
+        if not isinstance(operation, keras.Operation):
+            raise TypeError(f"{operation!r} is no layer")
+    slots: list[Any] = []
+
+    def look(leaf: Any) -> None:
+        if isinstance(leaf, Slot):
+            slots.append(leaf.index)
+
+    for _, args, kwargs in calls:
+        if not isinstance(args, list) or not isinstance(kwargs, dict):
+            raise TypeError("the arguments of a call are no list and dict")
+        rebuilt([args, kwargs], look)
+    places = [(operation, len(operations)) for operation, _, _ in calls]
+    places += [(y, len(results)) for y, _ in paths]
+    places += [(x, along) for _, path in paths for x in path]
+    places += [(slot, math.inf) for slot in (*slots, *results)]  # more is known in a step
+    for place, size in places:
+        if type(place) is not int or not 0 <= place < size:
+            raise ValueError(f"{place!r} is no place in it")
+    if not any(path for _, path in paths):
+        raise ValueError("there are no derivatives")

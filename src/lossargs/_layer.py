@@ -24,7 +24,7 @@ from lossargs._keras import (
     unscale_loss_for_distribution,
     variables_can_be_assigned,
 )
-from lossargs._values import Slot, identity, is_live, rebuilt
+from lossargs._values import Slot, checked, identity, is_live, load_object, reading, rebuilt
 
 # Stands for NaN, which processes that compare what they start with would find different.
 _UNREPORTED = float(np.finfo("float32").min)
@@ -319,8 +319,13 @@ class LossArgs(keras.Layer):
                     f"{entry.label!r} of {entry.loss!r} was given twice: bound, and in the call of "
                     "LossArgs. Leave it out of one of them."
                 )
-        reading = [adapter for adapter in self.adapters if adapter.reads_tensor]
-        fed = {a for a, tensor in zip(reading, tensors, strict=bool(tensors)) if tensor is not None}
+        readers = [adapter for adapter in self.adapters if adapter.reads_tensor]
+        if tensors and len(tensors) != len(readers):
+            raise AttachError(
+                f"LossArgs({self.loss!r}) was called with {len(tensors)} tensors in a list, and "
+                f"reads {len(readers)}. Give tensors by name, self.loss_args(y_pred, name=...)."
+            )
+        fed = {a for a, tensor in zip(readers, tensors, strict=False) if tensor is not None}
         unfed = [e for e in self.entries if e.adapter.reads_tensor and e.adapter not in fed]
         names = [entry.name for entry in unfed if entry.name not in given]
         if names:
@@ -406,12 +411,25 @@ class LossArgs(keras.Layer):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         config = dict(config)
-        load = keras.saving.deserialize_keras_object
-        again = keras.saving.serialize_keras_object
-        loss, *track = (load(again(one)) for one in (config.pop("loss"), *config.pop("track")))
-        adapters = [load(again(adapter)) for adapter in config.pop("adapters")]
-        kept = {live: adapters[index] for live, index in config.pop("live").items()}
-        return cls(loss, track=track, kept=kept, **config)
+        with reading("The config of a LossArgs layer"):
+            losses = [checked(config, "loss", dict, BoundLoss), *checked(config, "track", list)]
+            loss, *track = (load_object(one, BoundLoss) for one in losses)
+            adapters = [load_object(a, Adapter) for a in checked(config, "adapters", list)]
+            kept = {}
+            for live, index in checked(config, "live", dict).items():
+                if type(index) is not int or not 0 <= index < len(adapters):
+                    raise ValueError(f"{index!r} is the place of no adapter")
+                kept[live] = adapters[index]
+            for one in (loss, *track):
+                for bound in (one, *one.inner_losses):
+                    for _, label, leaf in bound.live_leaves():
+                        if bound.saved_leaf(leaf).id not in kept:
+                            raise ValueError(f"no adapter keeps {label!r} of {bound!r}")
+            known = ("loss", "track", "adapters", "live")
+            options = {name: value for name, value in config.items() if name not in known}
+            if "kept" in options:
+                raise ValueError("'kept' is none of its entries")
+            return cls(loss, track=track, kept=kept, **options)
 
 
 def check_is_bound(loss: Any) -> None:

@@ -1,16 +1,20 @@
 """Bound values: how each is taken, compared, handed on, shown, and saved."""
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import json
+import math
+import textwrap
+import types
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Self
 
 import keras
 import numpy as np
 
-from lossargs._errors import ArgumentError, SavingError
+from lossargs._errors import ArgumentError, LossArgsError, SavingError
 
 _PLAIN = (type(None), bool, int, str)  # what JSON keeps as it is, but for floats
 _LONG = 2048  # bits of an integer; Python refuses to write much longer ones in decimal
@@ -380,7 +384,7 @@ def _encode_object(value: Any, where: str) -> dict[str, Any]:
     if name != "<lambda>":
         try:
             config = json.loads(json.dumps(keras.saving.serialize_keras_object(value)))
-            back = keras.saving.deserialize_keras_object(config)
+            back = _decode_object(config)
             # A loss with live arguments finds their values by itself, and only in its model.
             holds_live = bool(getattr(value, "holds_live", False))
             if type(back) is type(value) and (holds_live or back == value):
@@ -398,53 +402,159 @@ def _encode_object(value: Any, where: str) -> dict[str, Any]:
     )
 
 
-def decode(config: Any) -> Any:
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Whatever a damaged or hostile file makes of the code inside is an error that says so.
+
+    Raises:
+        SavingError: In place of any exception but the errors of lossargs.
+    """
+    try:
+        yield
+    except LossArgsError:
+        raise
+    except Exception as error:
+        reason = textwrap.shorten(f"{error}", 1000, placeholder=" ...")
+        raise damaged(what, f"{reason} ({type(error).__name__})") from error
+
+
+def damaged(what: str, reason: str) -> SavingError:
+    """The error for a part of a file that cannot be read."""
+    return SavingError(
+        f"{what} cannot be read: {reason}. The file is damaged, not written by lossargs, or "
+        "written by a newer version of it."
+    )
+
+
+def checked(config: Any, name: str, *kinds: type) -> Any:
+    """An entry of a config, if it is of one of these types.
+
+    Raises:
+        TypeError: It is of another one.
+        ValueError: There is none, or the config is no dict.
+    """
+    if not isinstance(config, dict) or name not in config:
+        raise ValueError(f"{name!r} is missing")
+    if type(config[name]) not in kinds:
+        raise TypeError(f"{name!r} is a {type(config[name]).__name__}")
+    return config[name]
+
+
+def decode(config: Any, depth: int = 0) -> Any:
     """The value that `encode` wrote.
+
+    Args:
+        config: What it wrote.
+        depth: How deep in a value that is nested.
 
     Raises:
         SavingError: This is not what `encode` writes.
     """
     if type(config) in (*_PLAIN, float):
         return config
-    if isinstance(config, list):
-        return [decode(item) for item in config]
-    try:
-        match config["kind"]:
+    with reading("A saved value"):
+        if depth > _DEEPEST:
+            raise ValueError(f"it is nested more than {_DEEPEST} deep")
+        depth += 1
+        if isinstance(config, list):
+            return [decode(item, depth) for item in config]
+        match checked(config, "kind", str):
             case "tuple":
-                return tuple(decode(item) for item in config["items"])
+                return tuple(decode(item, depth) for item in checked(config, "items", list))
             case "dict":
-                return {decode(k): decode(v) for k, v in config["items"]}
+                items = checked(config, "items", list)
+                if not all(isinstance(item, list) for item in items):
+                    raise TypeError("an item of a dict is no pair")
+                return {decode(k, depth): decode(v, depth) for k, v in items}
             case "integer":
-                return int(config["data"], 16)
+                return int(checked(config, "data", str), 16)
             case "text":
-                item = decode(config["item"])
+                item = decode(config["item"], depth)
                 return np.str_(item) if isinstance(item, str) else np.bytes_(item)
             case "complex":
-                return complex(*config["items"])
+                real, imaginary = checked(config, "items", list)
+                return complex(float(real), float(imaginary))
             case "bytes":
-                return base64.b64decode(config["data"], validate=True)
+                return base64.b64decode(checked(config, "data", str), validate=True)
             case "array":
                 return _decode_array(config)
             case "scalar":
+                if config["shape"]:
+                    raise ValueError("a scalar has no shape")
                 return _decode_array(config)[()]
             case "tensor":
                 return _Tensor(_decode_array(config))
             case "live":
-                return Saved(str(config["id"]), str(config["shown"]))
+                return Saved(checked(config, "id", str), checked(config, "shown", str))
             case "keras":
-                return keras.saving.deserialize_keras_object(config["object"])
+                return _decode_object(checked(config, "object", dict))
             case kind:
                 raise ValueError(f"unknown kind {kind!r}")
-    except SavingError:
-        raise
-    except Exception as error:
-        raise SavingError(
-            f"A saved value cannot be read: {error} ({type(error).__name__}). The file is damaged, "
-            "not written by lossargs, or written by a newer version of it."
-        ) from error
 
 
 def _decode_array(config: dict[str, Any]) -> np.ndarray[Any, Any]:
-    data = base64.b64decode(config["data"], validate=True)
-    array = np.frombuffer(data, dtype=np.dtype(config["dtype"])).reshape(config["shape"])
-    return array.copy()  # writable, and not tied to the text it was read from
+    name, shape = checked(config, "dtype", str), checked(config, "shape", list)
+    if "," in name or "(" in name:  # NumPy's notation of structures
+        raise ValueError(f"no dtype of a bound array: {name!r}")
+    dtype = np.dtype(name)
+    if dtype.kind not in "biufcSUMm" and (dtype.hasobject or dtype.type is np.void):
+        raise ValueError(f"no dtype of a bound array: {name!r}")
+    data = base64.b64decode(checked(config, "data", str), validate=True)
+    # Before NumPy sees the shape: nothing is allocated that the file does not hold.
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"no shape: {shape}")
+    if math.prod(shape) * dtype.itemsize != len(data):
+        raise ValueError(f"{len(data)} bytes are no array of {dtype} and shape {shape}")
+    array = np.frombuffer(data, dtype=dtype) if data else np.empty(0, dtype)
+    return array.reshape(shape).copy()  # writable, and not tied to the text it was read from
+
+
+def _decode_object(config: dict[str, Any]) -> Any:
+    """A function, or an object of a class that defines equality: others are never written."""
+    if checked(config, "class_name", str) != "function":
+        return load_object(config, object)
+    name = checked(config, "config", str)
+    is_registered = keras.saving.get_registered_object(name) is not None
+    if not is_registered and config.get("module") != "builtins":  # what Keras writes for its own
+        raise ValueError(
+            f"it names the function {name!r} of {config.get('module')!r}, which is not registered"
+        )
+    function = keras.saving.deserialize_keras_object(config)
+    # Of Keras's own, those that load something are no values.
+    if not is_registered and name in ("get", "serialize", "deserialize"):
+        raise ValueError(f"it names {name!r}, which is no function of tensors")
+    return function
+
+
+def load_object(config: Any, kind: type) -> Any:
+    """The object that a config of Keras describes, if it is of this kind.
+
+    Keras would import what the config names, if it is a module of Keras, and make an object of
+    whatever class. Here the class is known before: nothing is imported, and no other class is run.
+
+    Args:
+        config: The config; or the object itself, of which another one is made.
+        kind: The class that it is to be of; with `object`, any that defines equality.
+
+    Raises:
+        ValueError: It is of another class.
+    """
+    if not isinstance(config, dict):
+        config = keras.saving.serialize_keras_object(config)
+    name = checked(config, "class_name", str)
+    cls = keras.saving.get_registered_object(config.get("registered_name") or name)
+    if cls is None and str(config.get("module")).partition(".")[0] == "keras":
+        cls = keras
+        for part in (*config["module"].split(".")[1:], name):
+            cls = getattr(cls, part, None) if isinstance(cls, types.ModuleType) else None
+    right = isinstance(cls, type) and not name.startswith("__") and issubclass(cls, kind)
+    if not right or (kind is object and cls.__eq__ is object.__eq__):
+        wanted = "class that defines equality" if kind is object else kind.__name__
+        raise ValueError(
+            f"it names {name!r} of {config.get('module')!r}, which is no {wanted} that this "
+            "process knows; lossargs never imports what a file names"
+        )
+    loaded = keras.saving.deserialize_keras_object(config)
+    if not isinstance(loaded, kind):  # an object that Keras has under the same id
+        raise TypeError(f"{type(loaded).__name__} is no {kind.__name__}")
+    return loaded

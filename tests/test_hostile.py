@@ -1,0 +1,236 @@
+"""Files that name what they should not: refused with a clear error, nothing run nor imported."""
+
+import copy
+import io
+import json
+import sys
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+
+import losses
+from helpers import linear_model
+from lossargs import LossArgsError, attach
+
+BIG = 2**40
+
+CANARY = """
+import pathlib
+pathlib.Path(__file__).with_name("marker").touch()
+def bark(*args, **kwargs):
+    pathlib.Path(__file__).with_name("marker").touch()
+"""
+
+
+def function(name, module):
+    return {"class_name": "function", "module": module, "config": name, "registered_name": name}
+
+
+def of_class(name, module, **config):
+    return {"class_name": name, "module": module, "config": config, "registered_name": None}
+
+
+def nested(depth):
+    value = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+OBJECTS = {
+    "os.system": function("system", "os"),
+    "eval": function("eval", "builtins"),
+    "canary function": function("bark", "canary"),
+    "canary class": of_class("Dog", "canary"),
+    "Popen": of_class("Popen", "subprocess", args=["touch", "marker"]),
+    "unsafe": function("enable_unsafe_deserialization", "keras.config"),
+    "get_file": function("get_file", "keras.utils"),
+    "set_floatx": function("set_floatx", "keras.config"),
+    "deserialize": function("deserialize", "builtins"),
+    "lambda": {"class_name": "__lambda__", "config": {"value": ["4wAAAA==", None, None]}},
+    "registered lambda": {
+        "class_name": "__lambda__",
+        "registered_name": "lossargs>BoundLoss",
+        "config": {"value": ["4wAAAA==", None, None]},
+    },
+    "object array": {"class_name": "__numpy__", "config": {"value": [None], "dtype": "object"}},
+    "private name": of_class("LossFunction", "lossargs._function", fn="bark"),
+    "layer": of_class("TFSMLayer", "keras.layers", filepath="/tmp/none"),
+    "module of keras": of_class("Anything", "keras.src.no_such_module"),
+    "wrong type": 3,
+    "nothing": {},
+}
+
+VALUES = {
+    **{name: {"kind": "keras", "object": one} for name, one in OBJECTS.items()},
+    "huge array": {"kind": "array", "dtype": "<f4", "shape": [BIG], "data": ""},
+    "huge dtype": {"kind": "array", "dtype": f"S{BIG}", "shape": [1], "data": ""},
+    "huge and negative": {"kind": "array", "dtype": "<f4", "shape": [-1, -BIG], "data": "AAAAAA=="},
+    "open shape": {"kind": "array", "dtype": "<f4", "shape": [-1], "data": "AAAAAA=="},
+    "pickled": {"kind": "array", "dtype": "|O", "shape": [1], "data": "AAAAAAAAAAA="},
+    "structure": {"kind": "array", "dtype": "f4,O", "shape": [1], "data": "AAAAAAAAAAA="},
+    "subarray": {"kind": "array", "dtype": f"({BIG},)f4", "shape": [1], "data": "AAAA"},
+    "dtype of a dict": {"kind": "array", "dtype": {"names": ["a"]}, "shape": [1], "data": "AAAA"},
+    "scalar with a shape": {"kind": "scalar", "dtype": "|u1", "shape": [3], "data": "AAAA"},
+    "tensor of text": {"kind": "tensor", "dtype": "no", "shape": [], "data": "AAAA"},
+    "tuple of text": {"kind": "tuple", "items": "abc"},
+    "dict of text": {"kind": "dict", "items": ["ab"]},
+    "list as a key": {"kind": "dict", "items": [[[1], 2]]},
+    "complex of text": {"kind": "complex", "items": ["a", "b"]},
+    "live of a dict": {"kind": "live", "id": {}, "shown": "x"},
+    "live of nobody": {"kind": "live", "id": "nobody", "shown": "x"},
+    "unknown kind": {"kind": ["array"]},
+    "deep": nested(800),
+}
+
+# What stands at a place of the config, and what stands there instead.
+LOSS = ("loss", "config")
+VARIABLE = ("adapters", 0, "config", "variable")
+MISSING = object()
+PLACES = {
+    **{f"value: {name}": ((*LOSS, "args", "what"), one) for name, one in VALUES.items()},
+    **{f"inner: {name}": ((*LOSS, "args", "main", "object"), one) for name, one in OBJECTS.items()},
+    **{f"loss: {name}": (("loss",), one) for name, one in OBJECTS.items()},
+    **{f"adapter: {name}": (("adapters", 0), one) for name, one in OBJECTS.items()},
+    **{
+        f"schedule: {name}": (("adapters", 1, "config", "schedule"), one)
+        for name, one in OBJECTS.items()
+    },
+    **{
+        f"{part}: {name}": (("adapters", 0, "config", part), one)
+        for part in ("constraint", "regularizer")
+        for name, one in OBJECTS.items()
+    },
+    **{f"variable: {name}": ((*VARIABLE, "value"), one) for name, one in VALUES.items()},
+    **{
+        f"no {'.'.join(map(str, place))}": (place, MISSING)
+        for place in [
+            *((*LOSS, name) for name in ("function", "module", "args", "name", "reduction")),
+            *((name,) for name in ("loss", "track", "adapters", "live")),
+            *((*VARIABLE, name) for name in ("value", "dtype", "trainable", "name")),
+        ]
+    },
+    "function of os": ((*LOSS, "function"), "os>system"),
+    "function of the canary": ((*LOSS, "function"), "canary>bark"),
+    "private function": ((*LOSS, "function"), "lossargs._function>registered"),
+    "name of a dict": ((*LOSS, "name"), {"a": 1}),
+    "reduction of a list": ((*LOSS, "reduction"), []),
+    "unknown reduction": ((*LOSS, "reduction"), "eval"),
+    "unknown dtype": ((*LOSS, "dtype"), "os.system"),
+    "args of a list": ((*LOSS, "args"), [["what", 1]]),
+    "deep args": ((*LOSS, "args"), nested(800)),
+    "initializer by name": ((*VARIABLE, "value"), "zeros"),
+    "variable of text": (VARIABLE, "os.system"),
+    "track of text": (("track",), "abc"),
+    "adapters of nothing": (("adapters",), []),
+    "place of no adapter": (("live",), {"a": 7}),
+    "negative place": (("live",), {"a": -1}),
+    "kept": (("kept",), {"a": 1}),
+}
+
+
+def attached():
+    loss = losses.flexible(
+        live=keras.Variable(1.0, trainable=False, name="live"),
+        schedule=keras.optimizers.schedules.PolynomialDecay(0.0, 9, 1.0),
+        what=1.0,
+        main=losses.shifted.options(reduction=None)(3),
+    )
+    return attach(linear_model(), loss)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """The members of a good file."""
+    path = tmp_path_factory.mktemp("good") / "model.keras"
+    attached().save(path)
+    with zipfile.ZipFile(path) as file:
+        return {name: file.read(name) for name in file.namelist()}
+
+
+def written(members, path):
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return path
+
+
+def changed(config, place, value):
+    config = copy.deepcopy(config)
+    part = config
+    for key in place[:-1]:
+        part = part[key]
+    if value is MISSING:
+        del part[place[-1]]
+    else:
+        part[place[-1]] = value
+    return config
+
+
+@pytest.fixture
+def watched(tmp_path, monkeypatch):
+    """Fails if anything is imported, or the canary run."""
+    (tmp_path / "canary.py").write_text(CANARY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = set(sys.modules)
+    yield
+    assert set(sys.modules) == before
+    assert not (tmp_path / "marker").exists()
+    assert keras.config.floatx() == "float32"
+
+
+def check(error):
+    """The error is one of lossargs, or one of Keras that says what it is about."""
+    assert isinstance(error, LossArgsError), repr(error)
+    assert any(text in str(error) for text in ("cannot be read", "does not know", "not fit"))
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_layer(good, case, watched):
+    model = json.loads(good["config.json"])
+    layer = next(c for c in model["config"]["layers"] if c["class_name"] == "LossArgs")
+    place, value = PLACES[case]
+    layer["config"] = changed(layer["config"], place, value)
+    with pytest.raises(LossArgsError) as error:
+        keras.saving.deserialize_keras_object(layer)
+    check(error.value)
+
+
+CASES = list(PLACES)[::6]  # whole files take longer
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_file(good, case, watched, tmp_path):
+    model = json.loads(good["config.json"])
+    layer = next(c for c in model["config"]["layers"] if c["class_name"] == "LossArgs")
+    place, value = PLACES[case]
+    layer["config"] = changed(layer["config"], place, value)
+    path = written({**good, "config.json": json.dumps(model)}, tmp_path / "hostile.keras")
+    with pytest.raises(LossArgsError) as error:
+        keras.saving.load_model(path)
+    check(error.value)
+
+
+def test_good_file_loads_afterwards(good, tmp_path):
+    model = keras.saving.load_model(written(good, tmp_path / "good.keras"))
+    assert repr(model.layers[-1].loss) == repr(attached().layers[-1].loss)
+
+
+@pytest.mark.parametrize("how", ["missing", "shape", "text"])
+def test_weights(good, how, tmp_path):
+    import h5py
+
+    content = io.BytesIO(good["model.weights.h5"])
+    with h5py.File(content, "r+") as file:
+        found = []
+        file.visit(lambda name: found.append(name) if "adapter" in name else None)
+        place = next(n for n in found if isinstance(file[n], h5py.Dataset) and "variable" in n)
+        del file[place]
+        if how != "missing":
+            file[place] = np.zeros((3, 4)) if how == "shape" else np.array([b"os.system"])
+    members = {**good, "model.weights.h5": content.getvalue()}
+    with pytest.raises(ValueError, match="could not be loaded.*VariableAdapter"):
+        keras.saving.load_model(written(members, tmp_path / "weights.keras"))
