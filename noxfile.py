@@ -41,11 +41,11 @@ SHIFTS = (10, 5)
 # Appended to the README's first example, to see that it trains, and where it comes from.
 FIT = """
 import importlib.metadata, pathlib, sys
-import lossargs
+import numpy, lossargs
 losses = []
 for value in (10.0, 5.0):
     shift.assign(value)
-    history = model.fit([[1.0, 2.0, 3.0]], [[1.0]], verbose=0).history
+    history = model.fit(numpy.ones((4, 3)), numpy.ones((4, 1)), verbose=0).history
     losses.append(history["loss"][0])
     assert history["shift"] == [value], history
 assert losses[0] >= 10 and losses[1] < losses[0], losses
