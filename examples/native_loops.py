@@ -79,8 +79,7 @@ def jax_loop(model, loss, batches):
     for batch in batches:
         value, weights, state = step(weights, state, batch)
         yield float(value)
-    for variable, new in zip(model.trainable_variables, weights, strict=True):
-        variable.assign(new)
+    model.set_weights(weights)
 
 
 def tensorflow_loop(model, loss, batches):

@@ -106,15 +106,14 @@ def draw(logs: dict[str, dict[str, list]], ceiling: float, path: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     rewards, clips = figure.subplots(1, 2, width_ratios=[2, 1])
     rounds = range(1, ROUNDS + 1)
-    for name, color in (("clipped", "tab:blue"), ("unclipped", "tab:orange")):
-        label = f"{name} objective"
-        rewards.plot(rounds, logs[name]["reward"], color=color, marker=".", lw=2, label=label)
+    for name, log in logs.items():
+        rewards.plot(rounds, log["reward"], marker=".", lw=2, label=f"{name} objective")
     rewards.axhline(ceiling, color="black", ls="--", label="supervised learning, test accuracy")
     rewards.axhline(1 / ACTIONS, color="gray", ls=":", label="random actions")
     rewards.set(title="mean reward of the actions", xlabel="round", ylim=(0, 1.02))
     rewards.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.12))
     clips.plot(rounds, logs["clipped"]["clip"], marker=".", linewidth=2)
-    clips.set(title="clip range", xlabel="round", ylim=(0, None), xticks=range(2, 17, 2))
+    clips.set(title="clip range", xlabel="round", ylim=(0, None), xticks=rounds[::3])
     rewards.grid(alpha=0.3)
     figure.savefig(path, format="png", dpi=100)
 
