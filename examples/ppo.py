@@ -23,7 +23,6 @@ import os
 import sys
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -64,7 +63,9 @@ def network(seed: int) -> keras.Model:
     return keras.Sequential([keras.Input((784,)), hidden, choice])
 
 
-def acted(model: keras.Model, images: np.ndarray, labels: np.ndarray, rng: Any) -> tuple:
+def acted(
+    model: keras.Model, images: np.ndarray, labels: np.ndarray, rng: np.random.Generator
+) -> tuple:
     """Actions drawn from the policy, as vectors of 0 and 1, their log-probabilities and rewards."""
     logits = model.predict(images, batch_size=1000, verbose=0)
     log_probs = ops.convert_to_numpy(ops.log_softmax(logits))
@@ -77,7 +78,9 @@ def accuracy(model: keras.Model, images: np.ndarray, labels: np.ndarray) -> floa
     return float(np.mean(model.predict(images, verbose=0).argmax(axis=1) == labels))
 
 
-def learned_policy(clip: float | PolynomialDecay, data: tuple, options: Any) -> tuple:
+def learned_policy(
+    clip: float | PolynomialDecay, data: tuple, options: argparse.Namespace
+) -> tuple:
     """The policy after all rounds, and the mean reward and clip range in each of them."""
     images, labels = data
     loss = ppo_loss(clip=clip)
@@ -103,17 +106,15 @@ def draw(logs: dict[str, dict[str, list]], ceiling: float, path: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     rewards, clips = figure.subplots(1, 2, width_ratios=[2, 1])
     rounds = range(1, ROUNDS + 1)
-    for name, color in (("clipped", "tab:blue"), ("unclipped", "tab:orange")):
-        label = f"{name} objective"
-        rewards.plot(rounds, logs[name]["reward"], color=color, marker=".", lw=2, label=label)
+    for name, log in logs.items():
+        rewards.plot(rounds, log["reward"], marker=".", lw=2, label=f"{name} objective")
     rewards.axhline(ceiling, color="black", ls="--", label="supervised learning, test accuracy")
     rewards.axhline(1 / ACTIONS, color="gray", ls=":", label="random actions")
     rewards.set(title="mean reward of the actions", xlabel="round", ylim=(0, 1.02))
     rewards.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.12))
     clips.plot(rounds, logs["clipped"]["clip"], marker=".", linewidth=2)
-    clips.set(title="clip range", xlabel="round", ylim=(0, None))
+    clips.set(title="clip range", xlabel="round", ylim=(0, None), xticks=rounds[::3])
     rewards.grid(alpha=0.3)
-    clips.grid(alpha=0.3)
     figure.savefig(path, format="png", dpi=100)
 
 
@@ -134,11 +135,11 @@ def main(options: argparse.Namespace) -> None:
     supervised.fit(*train, epochs=ROUNDS * options.epochs, batch_size=BATCH, verbose=0)
     found["supervised"] = accuracy(supervised, *test)
     print(", ".join(f"{name}: test accuracy {value:.3f}" for name, value in found.items()))
-    rewards = {name: log["reward"] for name, log in logs.items()}
     if options.json:
         record = {"backend": keras.backend.backend(), "seed": options.seed, "accuracy": found}
         text = json.dumps(
-            record | {"rewards": rewards, "clip_range": logs["clipped"]["clip"]}, indent=2
+            record | {"clipped": logs["clipped"], "unclipped": logs["unclipped"]["reward"]},
+            indent=2,
         )
         options.json.write_text(text + "\n", encoding="utf-8")
     if options.plot:
