@@ -20,7 +20,6 @@ import argparse
 import json
 import math
 import os
-import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -92,8 +91,7 @@ def learned_policy(
         action, old_log_prob, reward = acted(model, images, labels, rng)
         advantage = (reward - reward.mean()) / (reward.std() + 1e-8)
         batch = {"advantage": advantage, "old_log_prob": old_log_prob}
-        training = {"epochs": options.epochs, "batch_size": BATCH, "verbose": 0}
-        fit = model.fit(images, action, sample_weight=batch, **training)
+        fit = model.fit(images, action, BATCH, options.epochs, 0, sample_weight=batch)
         logs["reward"].append(float(reward.mean()))
         logs["clip"].append(fit.history.get("clip", [clip])[-1])
         bar.update(number, [(name, values[-1]) for name, values in logs.items()])
@@ -114,7 +112,6 @@ def draw(logs: dict[str, dict[str, list]], ceiling: float, path: Path) -> None:
     rewards.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.12))
     clips.plot(rounds, logs["clipped"]["clip"], marker=".", linewidth=2)
     clips.set(title="clip range", xlabel="round", ylim=(0, None), xticks=rounds[::3])
-    rewards.grid(alpha=0.3)
     figure.savefig(path, format="png", dpi=100)
 
 
@@ -145,7 +142,7 @@ def main(options: argparse.Namespace) -> None:
     if options.plot:
         draw(logs, found["supervised"], options.plot)
     if not found["clipped"] > 0.9 * found["supervised"]:
-        sys.exit("ppo.py: error: it did not learn: supervised learning is much better")
+        raise SystemExit("ppo.py: error: it did not learn: supervised learning is much better")
 
 
 if __name__ == "__main__":
