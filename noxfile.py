@@ -36,6 +36,7 @@ EXAMPLES = (
     "native_loops",
 )
 BENCH_RESULTS = Path("benchmarks/results")
+TEST_RESULTS = Path("build/tests")
 EXAMPLE_RESULTS = Path("build/examples")
 SHIFTS = (10, 5)
 # Appended to the README's first example, to see that it trains, and where it comes from.
@@ -92,6 +93,11 @@ def environment(backend: str) -> dict[str, str]:
         "LOSSARGS_TEST_BACKEND": backend,
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
+
+
+def recorded(run: str, backend: str) -> list[str]:
+    """Options of pytest that show what is slow, and keep what passed, for `nox -s promises`."""
+    return ["--durations=5", f"--junitxml={TEST_RESULTS / f'{run}-{backend}.xml'}"]
 
 
 @nox.session(tags=["check"])
@@ -174,7 +180,7 @@ def build(session: nox.Session) -> None:
 def tests(session: nox.Session, backend: str) -> None:
     """Run the tests, with the examples of README and docstrings, on one backend."""
     install(session, backend, "test", "examples", "company")
-    arguments = session.posargs or ["--durations=5", "-m", QUICK]
+    arguments = session.posargs or ["-m", QUICK, *recorded("tests", backend)]
     session.run("coverage", "run", "-m", "pytest", *arguments, env=environment(backend))
 
 
@@ -183,7 +189,7 @@ def tests(session: nox.Session, backend: str) -> None:
 def distributed(session: nox.Session, backend: str) -> None:
     """Test training on several devices and in several processes, with crashes, in minutes."""
     install(session, backend, "test", "examples")
-    arguments = ["-m", "distributed", "--durations=5", *session.posargs]
+    arguments = session.posargs or ["-m", "distributed", *recorded("distributed", backend)]
     session.run("pytest", *arguments, env=environment(backend))
 
 
@@ -193,8 +199,15 @@ def nightly(session: nox.Session, backend: str) -> None:
     """Test for minutes: 10,000 generated cases, killed runs, 20,000 steps, hundreds of models."""
     install(session, backend, "test", "examples", "company")
     variables = {**environment(backend), "HYPOTHESIS_PROFILE": "nightly"}
-    arguments = session.posargs or ["--durations=5", "-m", "nightly or properties"]
+    chosen = ["-m", "nightly or properties", *recorded("nightly", backend)]
+    arguments = session.posargs or chosen
     session.run("pytest", *arguments, env=variables)
+
+
+@nox.session(default=False)
+def promises(session: nox.Session) -> None:
+    """Write how many tests passed in the last runs into the page of promises."""
+    session.run("python", "tests/promises.py", str(TEST_RESULTS))
 
 
 @nox.session
