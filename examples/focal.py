@@ -137,7 +137,9 @@ def main(options: argparse.Namespace) -> None:
         draw(histories, curves, options.plot)
     plain, focal = (result[name]["average_precision"] for name in gammas)
     if focal < max(plain - 0.02, 2 * targets.mean()):
-        sys.exit("focal.py: error: its average precision is below that of crossentropy, or of chance")
+        sys.exit(
+            "focal.py: error: its average precision is below that of crossentropy, or of chance"
+        )
 
 
 if __name__ == "__main__":

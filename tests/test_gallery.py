@@ -16,6 +16,7 @@ LONGER |= {"vae.py", "wgan_gp.py"}  # still to be brought under 150 lines
 
 
 @pytest.mark.fit
+@pytest.mark.nightly  # `nox -s examples` runs them whole
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_trains_records_and_draws(name, tmp_path):
     for package in ("matplotlib", "mlxtend"):

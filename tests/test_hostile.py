@@ -12,7 +12,7 @@ import pytest
 
 import losses
 from helpers import linear_model
-from lossargs import LossArgsError, attach
+from lossargs import AttachError, LossArgsError, attach, grad
 
 BIG = 2**40
 
@@ -234,3 +234,63 @@ def test_weights(good, how, tmp_path):
     members = {**good, "model.weights.h5": content.getvalue()}
     with pytest.raises(ValueError, match="could not be loaded.*VariableAdapter"):
         keras.saving.load_model(written(members, tmp_path / "weights.keras"))
+
+
+# What stands at a place of the config of a layer of derivatives, and what stands there instead.
+PROGRAM = {
+    "shared of a model alone": (("shared",), False),
+    **{f"no {name}": ((name,), MISSING) for name in ("operations", "calls", "results", "paths")},
+    "operations of text": (("operations",), "abc"),
+    "an operation of text": (("operations", 0), "os.system"),
+    "calls of nothing": (("calls", 0), [0]),
+    "arguments of text": (("calls", 0, 1), "abc"),
+    "place of no operation": (("calls", 0, 0), 7),
+    "slot before the first": (("calls", 0, 1, 0, "config", "index"), -1),
+    "results of a dict": (("results",), {}),
+    "result of text": (("results", 0), "abc"),
+    "along a negative place": (("paths", 0, 1), [-1]),
+    "derivative of no result": (("paths", 0, 0), 9),
+    "no derivatives": (("paths",), []),
+    "paths of numbers": (("paths",), [1]),
+    "along of text": (("along",), "abc"),
+}
+
+
+@pytest.fixture(scope="module")
+def with_derivatives(tmp_path_factory):
+    path = tmp_path_factory.mktemp("derivatives") / "model.keras"
+    x = keras.Input((1,))
+    y = keras.layers.Dense(1)(x)
+    keras.Model(x, [y, grad(y, x)]).save(path)
+    with zipfile.ZipFile(path) as file:
+        return {name: file.read(name) for name in file.namelist()}
+
+
+@pytest.mark.skipif(keras.backend.backend() == "numpy", reason="has no derivatives")
+@pytest.mark.parametrize("case", PROGRAM)
+def test_derivatives(with_derivatives, case, watched, tmp_path):
+    model = json.loads(with_derivatives["config.json"])
+    layer = next(c for c in model["config"]["layers"] if c["class_name"] == "Derivatives")
+    layer["config"] = changed(layer["config"], *PROGRAM[case])
+    members = {**with_derivatives, "config.json": json.dumps(model)}
+    with pytest.raises(LossArgsError, match="cannot be read|its config alone"):
+        keras.saving.load_model(written(members, tmp_path / "hostile.keras"))
+
+
+@pytest.mark.skipif(keras.backend.backend() == "numpy", reason="has no derivatives")
+def test_a_slot_beyond_all_values(with_derivatives, watched, tmp_path):
+    model = json.loads(with_derivatives["config.json"])
+    layer = next(c for c in model["config"]["layers"] if c["class_name"] == "Derivatives")
+    for place in (("calls", 0, 1, 0, "config", "index"), ("results", 0)):
+        changed_layer = {**layer, "config": changed(layer["config"], place, 99)}
+        layers = [changed_layer if one is layer else one for one in model["config"]["layers"]]
+        config = {**model, "config": {**model["config"], "layers": layers}}
+        members = {**with_derivatives, "config.json": json.dumps(config)}
+        with pytest.raises(LossArgsError, match="there is no value 99"):
+            keras.saving.load_model(written(members, tmp_path / "hostile.keras"))
+
+
+def test_more_tensors_than_a_layer_reads():
+    layer = attached().layers[-1]
+    with pytest.raises(AttachError, match=r"called with 1 tensors in a list, and reads 0"):
+        layer(np.zeros((1, 2), "float32") + keras.ops.zeros(()), [keras.ops.zeros(())])
