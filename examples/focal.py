@@ -138,7 +138,7 @@ def main(options: argparse.Namespace) -> None:
     plain, focal = (result[name]["average_precision"] for name in gammas)
     if focal < max(plain - 0.02, 2 * targets.mean()):
         sys.exit(
-            "focal.py: error: its average precision is below that of crossentropy, or of chance"
+            "focal.py: error: its average precision is below crossentropy's, or chance"
         )
 
 
