@@ -137,9 +137,7 @@ def main(options: argparse.Namespace) -> None:
         draw(histories, curves, options.plot)
     plain, focal = (result[name]["average_precision"] for name in gammas)
     if focal < max(plain - 0.02, 2 * targets.mean()):
-        sys.exit(
-            "focal.py: error: its average precision is below crossentropy's, or chance"
-        )
+        sys.exit("focal.py: error: its average precision is below crossentropy's, or chance")
 
 
 if __name__ == "__main__":

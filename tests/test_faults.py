@@ -89,3 +89,29 @@ def test_nan_shows_in_the_logs_and_stops_the_run(data):
     assert len(history["loss"]) == 1
     assert np.isnan(history["loss"][0])
     assert np.isnan(history["shift"][0])
+
+
+def batches(data, *masks):
+    for mask in masks:
+        yield data.x, data.y, {"mask": mask}
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (12, 5)], ids=["length", "width"])
+def test_entry_of_a_wrong_shape(data, shape):
+    loss = losses.masked()
+    model = compiled(loss)
+    good, wrong = np.ones((12, 2), "float32"), np.ones(shape, "float32")
+    expected = model.evaluate(batches(data, good), steps=1, verbose=0)
+    with pytest.raises(Exception, match=r"(?s)") as error:
+        model.evaluate(batches(data, wrong), steps=1, verbose=0)
+    with pytest.raises(Exception, match=r"(?s)") as direct:
+        loss(data.y, data.y, {"mask": wrong})
+    note = f"mask: float32 {shape}"
+    assert note in "".join(direct.value.__notes__)
+    if BACKEND != "tensorflow":  # where the graph is made for any length, and fails when it runs
+        assert note in "".join(error.value.__notes__)
+    if BACKEND == "jax":  # where Keras keeps variables elsewhere during a step, and loses them here
+        model = compiled(loss)
+    assert model.evaluate(batches(data, good), steps=1, verbose=0) == pytest.approx(
+        expected, rel=1e-6
+    )

@@ -18,7 +18,11 @@ from hypothesis import strategies as st
 from lossargs import ArgumentError, BatchError, LossArgsError, SignatureError, with_args
 from losses import described
 
-pytestmark = pytest.mark.properties
+pytestmark = [
+    pytest.mark.properties,
+    # Values beyond what the dtype of the loss has become infinite, which NumPy says.
+    pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning"),
+]
 
 Y_TRUE, Y_PRED = np.zeros((2, 1), "float32"), np.array([[1.0], [3.0]], "float32")
 SAMPLES = np.array([1.0, 9.0])  # the squared errors

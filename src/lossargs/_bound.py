@@ -231,9 +231,14 @@ class BoundLoss(keras.losses.Loss):
         if args is None:
             return keras.ops.zeros((), dtype=self.dtype)
         evaluation = self._evaluation(args, y_pred, sample_weight)
-        if keras.backend.backend() == "torch" and sample_weight is None:
-            return self._evaluated_eagerly(evaluation, y_true, y_pred)
-        return evaluation(y_true, y_pred, sample_weight)
+        try:
+            if keras.backend.backend() == "torch" and sample_weight is None:
+                return self._evaluated_eagerly(evaluation, y_true, y_pred)
+            return evaluation(y_true, y_pred, sample_weight)
+        except Exception as error:
+            if not isinstance(error, LossArgsError):  # these name the argument themselves
+                error.add_note(_called(self._function.name, y_true, y_pred, args))
+            raise
 
     def _evaluated_eagerly(self, evaluation: FunctionLoss, y_true: Any, y_pred: Any) -> Any:
         """What `evaluation(y_true, y_pred)` gives, in fewer steps where there are no masks.
@@ -341,12 +346,7 @@ class BoundLoss(keras.losses.Loss):
             if self._inner and y_pred is not source:  # these look at what their `y_pred` carries
                 y_pred = carry(y_pred, carried(source))
             given = {name: hand_on(v, self.dtype, name) for name, v in args.items()}
-            try:
-                values = function.fn(y_true, y_pred, **given)
-            except Exception as error:
-                if not isinstance(error, LossArgsError):  # these name the argument themselves
-                    error.add_note(_called(function.name, y_true, y_pred, given))
-                raise
+            values = function.fn(y_true, y_pred, **given)
             if sample_weight is not None and _is_one_number(values, sample_weight):
                 raise BatchError(
                     f"{function.name} returned one number for the whole batch, and was given "
@@ -541,4 +541,5 @@ def _called(name: str, y_true: Any, y_pred: Any, given: Mapping[str, Any]) -> st
 
 
 def _shape(values: Any) -> tuple[int | None, ...]:
-    return tuple(values.shape if hasattr(values, "shape") else np.shape(values))
+    shape = values.shape if hasattr(values, "shape") else np.shape(values)
+    return () if getattr(shape, "rank", 0) is None else tuple(shape)  # unknown on TensorFlow
