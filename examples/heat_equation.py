@@ -112,7 +112,7 @@ def draw(true, found, history: dict[str, list[float]], path: Path) -> None:
     panels[3].grid(alpha=0.3)
     panels[3].spines[["top", "right"]].set_visible(False)
     panels[3].legend(frameon=False)
-    figure.savefig(path, format="png", dpi=100)
+    figure.savefig(path, format="png", dpi=75)
 
 
 def main(options: argparse.Namespace) -> None:

@@ -8,7 +8,6 @@ values for that step; `fit` gets them by the batch and by a schedule, and comes 
     python native_loops.py
     python native_loops.py --backend torch --epochs 2 --json run.json --plot run.png
 
-The picture shows the loss of the loop and of `fit`, and the rising weight.
 It needs lossargs, a backend of Keras (JAX: and optax), mlxtend, and matplotlib (for --plot).
 """
 
@@ -132,7 +131,8 @@ accuracy, guess = (float(np.mean(found.argmax(1) == digit)) for found in (by_loo
 print(f"Loop and fit differ by {gap:.1g}. Accuracy {accuracy:.3f}; nearest mean digit {guess:.3f}")
 if OPTIONS.json:
     record = {"backend": backend, "seed": OPTIONS.seed, "accuracy": accuracy, "losses": means}
-    OPTIONS.json.write_text(json.dumps(record | {"history": history}, indent=2) + "\n", "utf-8")
+    record |= {"nearest_mean": guess, "gap": float(gap), "history": history}
+    OPTIONS.json.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
 if OPTIONS.plot:
     from matplotlib.figure import Figure  # without pyplot it needs no screen
 

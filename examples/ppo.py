@@ -62,9 +62,7 @@ def network(seed: int) -> keras.Model:
     return keras.Sequential([keras.Input((784,)), hidden, choice])
 
 
-def acted(
-    model: keras.Model, images: np.ndarray, labels: np.ndarray, rng: np.random.Generator
-) -> tuple:
+def acted(model: keras.Model, images, labels, rng: np.random.Generator) -> tuple:
     """Actions drawn from the policy, as vectors of 0 and 1, their log-probabilities and rewards."""
     logits = model.predict(images, batch_size=1000, verbose=0)
     log_probs = ops.convert_to_numpy(ops.log_softmax(logits))
@@ -77,9 +75,7 @@ def accuracy(model: keras.Model, images: np.ndarray, labels: np.ndarray) -> floa
     return float(np.mean(model.predict(images, verbose=0).argmax(axis=1) == labels))
 
 
-def learned_policy(
-    clip: float | PolynomialDecay, data: tuple, options: argparse.Namespace
-) -> tuple:
+def learned_policy(clip: float | PolynomialDecay, data: tuple, options) -> tuple:
     """The policy after all rounds, and the mean reward and clip range in each of them."""
     images, labels = data
     loss = ppo_loss(clip=clip)
@@ -134,10 +130,8 @@ def main(options: argparse.Namespace) -> None:
     print(", ".join(f"{name}: test accuracy {value:.3f}" for name, value in found.items()))
     if options.json:
         record = {"backend": keras.backend.backend(), "seed": options.seed, "accuracy": found}
-        text = json.dumps(
-            record | {"clipped": logs["clipped"], "unclipped": logs["unclipped"]["reward"]},
-            indent=2,
-        )
+        record |= {"clipped": logs["clipped"], "unclipped": logs["unclipped"]["reward"]}
+        text = json.dumps(record, indent=2)
         options.json.write_text(text + "\n", encoding="utf-8")
     if options.plot:
         draw(logs, found["supervised"], options.plot)

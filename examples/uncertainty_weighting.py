@@ -7,9 +7,9 @@ et al. (2018, arXiv:1705.07115) learn it as the uncertainty of each task, s = lo
     loss = exp(-s_digit) CE + s_digit / 2  +  exp(-s_slant) (y - f)^2 / 2 + s_slant / 2
 
 Each s is a trainable `keras.Variable` given to the loss: `attach` has the model learn it, and the
-log shows it. Each starts at the error of a guess, as training would otherwise pass by before it
-gets there. At the end, exp(s_slant / 2) is the usual error of the slant in training, in degrees.
-For comparison, the same network learns with fixed weights. On JAX, TensorFlow or PyTorch:
+log shows it. Each starts at the error of a guess that ignores the image. At the end,
+exp(s_slant / 2) is the usual error of the slant in training, in degrees. For comparison, the same
+network learns with fixed weights. On JAX, TensorFlow or PyTorch:
 
     python uncertainty_weighting.py
     python uncertainty_weighting.py --backend torch --epochs 30 --json run.json --plot run.png
@@ -106,10 +106,11 @@ def draw(history: dict[str, list[float]], errors, path: Path) -> None:
         left.semilogy(epochs, weights, linewidth=2, label=f"{name}: exp(-s_{name})")
     left.set(title="learned weights", xlabel="epoch")
     left.legend(frameon=False)
+    text = {"textcoords": "offset points", "ha": "center"}
     for name, (digit, slant) in errors.items():
         marker, color = ("*", "tab:red") if name == "learned" else ("o", "tab:gray")
         right.plot(slant, 100 * digit, marker, color=color, markersize=12)
-        right.annotate(name, (slant, 100 * digit), (9, 5), textcoords="offset points")
+        right.annotate(name, (slant, 100 * digit), (0, 10), **text)
     right.set(title="errors on test digits", xlabel="slant, degrees", ylabel="digit, %")
     right.margins(x=0.3, y=0.2)
     for panel in (left, right):
