@@ -286,7 +286,7 @@ def mnist_report(session: nox.Session) -> None:
     session.run("python", "examples/mnist_report.py", str(MNIST_RESULTS), *session.posargs)
 
 
-@nox.session
+@nox.session(default=False)  # the tests run some of them, for a moment
 @each_training_backend
 def examples(session: nox.Session, backend: str) -> None:
     """Run the examples on one backend; `-- vae --plot docs/vae.png` draws one for the README."""

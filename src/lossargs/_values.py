@@ -230,8 +230,10 @@ def hand_on(value: Any, dtype: str, where: str) -> Any:
             leaf = leaf.array
         elif isinstance(leaf, keras.Variable):
             leaf = leaf.value
+        if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind in _NO_NUMBERS:
+            return leaf
         if isinstance(leaf, np.ndarray):
-            return leaf if leaf.dtype.kind in _NO_NUMBERS else _as_tensor(leaf, dtype, where)
+            return _as_tensor(leaf, dtype, where)
         if keras.ops.is_tensor(leaf):
             own = keras.backend.standardize_dtype(leaf.dtype)
             cast = own != dtype and keras.backend.is_float_dtype(own)
