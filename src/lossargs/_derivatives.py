@@ -368,7 +368,7 @@ def _check_program(
         if not isinstance(args, list) or not isinstance(kwargs, dict):
             raise TypeError("the arguments of a call are no list and dict")
         rebuilt([args, kwargs], look)
-    places = [(operation, len(operations)) for operation, _, _ in calls]
+    places: list[tuple[Any, float]] = [(one, len(operations)) for one, _, _ in calls]
     places += [(y, len(results)) for y, _ in paths]
     places += [(x, along) for _, path in paths for x in path]
     places += [(slot, math.inf) for slot in (*slots, *results)]  # more is known in a step
