@@ -294,3 +294,13 @@ def test_more_tensors_than_a_layer_reads():
     layer = attached().layers[-1]
     with pytest.raises(AttachError, match=r"called with 1 tensors in a list, and reads 0"):
         layer(np.zeros((1, 2), "float32") + keras.ops.zeros(()), [keras.ops.zeros(())])
+
+
+def test_object_under_the_id_of_another(good, watched, tmp_path):
+    model = json.loads(good["config.json"])
+    layer = next(c for c in model["config"]["layers"] if c["class_name"] == "LossArgs")
+    variable, schedule = layer["config"]["adapters"]
+    variable["shared_object_id"] = schedule["config"]["schedule"]["shared_object_id"] = 123456
+    members = {**good, "config.json": json.dumps(model)}
+    with pytest.raises(LossArgsError, match="VariableAdapter is no LearningRateSchedule"):
+        keras.saving.load_model(written(members, tmp_path / "hostile.keras"))
