@@ -46,7 +46,7 @@ PROMISES = {
     "A GPU gives the numbers of the CPU": ["test_gpu"],
     "No backend is imported, and importing goes in one direction": ["test_isolation", "test_main"],
     "Examples, README and this site say what is true": [
-        "test_mnist", "test_gallery", "test_gallery_loops", "documents",
+        "test_mnist", "test_gallery", "test_site", "documents",
     ],
 }  # fmt: skip
 

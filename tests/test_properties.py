@@ -1,5 +1,6 @@
 """Generated signatures, bindings and values, against a model of them in plain Python."""
 
+import collections
 import gc
 import json
 import pickle
@@ -23,6 +24,17 @@ pytestmark = [
     # Values beyond what the dtype of the loss has become infinite, which NumPy says.
     pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning"),
 ]
+
+CASES: collections.Counter[str] = collections.Counter()  # generated for the test that runs
+
+
+@pytest.fixture(autouse=True)
+def counted(record_property):
+    """Tell the page of promises how many cases a test had."""
+    CASES.clear()
+    yield
+    record_property("generated", CASES.total())
+
 
 Y_TRUE, Y_PRED = np.zeros((2, 1), "float32"), np.array([[1.0], [3.0]], "float32")
 SAMPLES = np.array([1.0, 9.0])  # the squared errors
@@ -189,6 +201,7 @@ def evaluated(function, case):
 
 @given(functions(), cases)
 def test_bound_loss_equals_the_direct_call(function, case):
+    CASES["run"] += 1
     try:
         args = merged(function, case)
     except ExpectedError as expected:
@@ -271,6 +284,7 @@ def bound(value):
 
 @given(values)
 def test_values_come_back_from_config_and_pickle(value):
+    CASES["run"] += 1
     loss = bound(value)
     assume(loss is not None)
     assert same(loss.args["what"], value)
@@ -293,6 +307,7 @@ def test_values_come_back_from_config_and_pickle(value):
 
 @given(values)
 def test_any_value_can_be_called_with_or_is_refused(value):
+    CASES["run"] += 1
     try:
         loss = described(what=value)
         result = loss(Y_TRUE, Y_PRED)
@@ -303,6 +318,7 @@ def test_any_value_can_be_called_with_or_is_refused(value):
 
 @given(values, values | st.sampled_from([0, 0.0, -0.0, False, "", (), [], np.int8(0)]))
 def test_equal_constants_are_one_loss(value, other):
+    CASES["run"] += 1
     one, two = bound(value), bound(other)
     assume(one is not None and two is not None)
     assert described(what=pickle.loads(pickle.dumps(value))) is one
