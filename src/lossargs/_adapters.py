@@ -221,7 +221,8 @@ class ScheduleAdapter(Adapter):
     def from_config(cls, config: dict[str, Any]) -> Self:
         with reading("A saved schedule"):
             # Of that class only: what it names is called in each step.
-            schedule = load_object(config.get("schedule"), cls.adapts)
+            kind = keras.optimizers.schedules.LearningRateSchedule
+            schedule = load_object(config.get("schedule"), kind)
             return cls(**{**config, "schedule": schedule})
 
 

@@ -544,7 +544,7 @@ def load_object(config: Any, kind: type) -> Any:
     if not isinstance(config, dict):
         config = keras.saving.serialize_keras_object(config)
     name = checked(config, "class_name", str)
-    cls = keras.saving.get_registered_object(config.get("registered_name") or name)
+    cls: Any = keras.saving.get_registered_object(config.get("registered_name") or name)
     if cls is None and str(config.get("module")).partition(".")[0] == "keras":
         cls = keras
         for part in (*config["module"].split(".")[1:], name):
