@@ -168,9 +168,8 @@ def merged(function, case):
     for changes in (case.keywords, *case.replacements):
         checked(changes, *rules)
         args |= changes
-    names = [n for n in case.batch if isinstance(n, str)]
-    checked([n for n in case.batch if n not in names], known, False, (), BatchError)
-    checked(names, *rules, BatchError)
+    no_names = [n for n in case.batch if not isinstance(n, str)]
+    checked(case.batch, known, function.extra, {*function.forbidden, *no_names}, BatchError)
     if nothing := [n for n, value in case.batch.items() if value is None]:
         raise ExpectedError(BatchError, [repr(n) for n in nothing])
     checked(case.extras, *rules)
@@ -321,6 +320,8 @@ def test_equal_constants_are_one_loss(value, other):
     CASES["run"] += 1
     one, two = bound(value), bound(other)
     assume(one is not None and two is not None)
-    assert described(what=pickle.loads(pickle.dumps(value))) is one
+    again = pickle.loads(pickle.dumps(value))
+    assume(same(again, value))  # NumPy's own pickle drops zeros at the end of text
+    assert described(what=again) is one
     assert (one == two) == (one is two) == same(value, other)
     assert one != two or hash(one) == hash(two)
