@@ -343,7 +343,9 @@ def test_64_live_arguments(data, tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert to_float(live_args(loaded)["v3"]) == 103.0
+    model.reset_metrics()  # the oldest Keras goes on with the mean
     again = [m.train_on_batch(data.x, data.y, return_dict=True) for m in (model, loaded)]
+    again = [{name: float(value) for name, value in logs.items()} for logs in again]
     assert again[1] == pytest.approx(again[0], rel=1e-6)
     assert again[1]["s10"] == pytest.approx(9.0)  # the second step
     live = [{n: to_float(v) for n, v in live_args(m).items()} for m in (model, loaded)]
