@@ -1,8 +1,11 @@
 """Generated signatures, bindings and values, against a model of them in plain Python."""
 
 import collections
+import contextlib
 import gc
+import itertools
 import json
+import operator
 import pickle
 import struct
 import sys
@@ -16,8 +19,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from helpers import BACKEND
 from lossargs import ArgumentError, BatchError, LossArgsError, SignatureError, with_args
-from losses import described
+from losses import described, shifted
 
 pytestmark = [
     pytest.mark.properties,
@@ -48,19 +52,53 @@ received = []
 
 def observed(y_true, y_pred, args):
     """The squared error, plus each number given times its place: no two may change places."""
-    received.append(args)
+    received.append((args, keras.backend.standardize_dtype(y_pred.dtype)))
     values = keras.ops.mean(keras.ops.square(y_true - y_pred), axis=-1)
     for place, value in enumerate(args.values(), start=1):
-        if type(value) in (int, float):
-            values = values + place * value
+        added = value(y_true, y_pred) if isinstance(value, keras.losses.Loss) else value
+        if keras.ops.is_tensor(added):
+            values = values + place * keras.ops.cast(added, values.dtype)
+        elif type(added) in (int, float):
+            values = values + place * added
     return values
+
+
+def amount(value):
+    """What `observed` adds for a value, told by NumPy; `None` for what it does not add."""
+    if isinstance(value, keras.losses.Loss):
+        return SAMPLES + value.args["shift"]
+    if isinstance(value, np.ndarray) or keras.ops.is_tensor(value):
+        return keras.ops.convert_to_numpy(value).astype("float64")
+    return np.float64(value) if type(value) in (int, float) else None
+
+
+def handed_on(value, given, dtype):
+    """Whether the function got what was given: as it was, or as a tensor, floats in its dtype."""
+    if not isinstance(given, np.ndarray) and not keras.ops.is_tensor(given):
+        return same(value, given)
+    own = keras.backend.standardize_dtype(given.dtype)
+    expected = dtype if keras.backend.is_float_dtype(own) else own
+    return (
+        keras.ops.is_tensor(value)
+        and keras.backend.standardize_dtype(value.dtype) == expected
+        and tuple(value.shape) == tuple(given.shape)
+        and np.allclose(amount(value), amount(given), rtol=EPSILON[expected], atol=1e-6)
+    )
 
 
 MODULE.observed = observed
 
+# Half a unit in the last place is the error of one operation; integers are exact.
+EPSILON = {"float16": 2**-10, "bfloat16": 2**-7, "float32": 2**-23, "float64": 2**-23, "int32": 0.0}
+
 NAMES = ["shift", "a", "b", "self", "name", "reduction", "fn", "args", "größe", "t", "labels", "_x"]
 CALLED = [*NAMES, "shfit", "not a name", *RESERVED]
+ARRAY_DTYPES = st.sampled_from(["float16", "float32", "float64", "int32"])
 numbers = st.integers(-9, 9) | st.floats(-9, 9, allow_subnormal=False).map(lambda v: round(v, 3))
+per_sample = st.builds(
+    lambda number, shape, dtype: np.full(shape, number, dtype),
+    numbers, st.sampled_from([(), (2,)]), ARRAY_DTYPES,
+)  # fmt: skip
 constants = (
     numbers
     | st.none()
@@ -69,6 +107,9 @@ constants = (
     | st.lists(numbers, max_size=2)
     | st.tuples(numbers, st.text(max_size=1))
     | st.dictionaries(st.sampled_from("abc"), numbers, max_size=3)
+    | per_sample
+    | per_sample.map(keras.ops.convert_to_tensor)
+    | st.integers(-9, 9).map(shifted.options(reduction=None))
 )
 by_name = st.dictionaries(st.sampled_from(CALLED), constants, max_size=3)
 
@@ -109,7 +150,7 @@ def checked(names, known, extra, forbidden, error=ArgumentError):
 
 
 def same(one, other):
-    """Equal in type, dtype, shape and bits; dicts in order."""
+    """Equal in type, dtype, shape and bits, whatever the order of bytes; dicts in order."""
     if type(one) is not type(other):
         return False
     if isinstance(one, float) and not isinstance(one, np.generic):
@@ -119,7 +160,9 @@ def same(one, other):
     if isinstance(one, (np.str_, np.bytes_)):
         return one[:] == other[:]
     if isinstance(one, (np.ndarray, np.generic)):
-        one, other = np.asarray(one), np.asarray(other)
+        one, other = (
+            np.asarray(a).astype(np.asarray(a).dtype.newbyteorder("=")) for a in (one, other)
+        )
         alike = (one.dtype, one.shape) == (other.dtype, other.shape)
         return alike and one.tobytes() == other.tobytes()
     if isinstance(one, dict):
@@ -140,7 +183,7 @@ REDUCED = {
 # At a call, reserved names are Keras's own parameters: given twice, they are Python's TypeError.
 at_a_call = st.dictionaries(st.sampled_from(CALLED[: -len(RESERVED)]), constants, max_size=3)
 in_batch = st.dictionaries(
-    st.sampled_from([*CALLED[: -len(RESERVED)], 0]), numbers | st.none(), max_size=2
+    st.sampled_from([*CALLED[: -len(RESERVED)], 0]), numbers | per_sample | st.none(), max_size=2
 )
 cases = st.builds(
     types.SimpleNamespace,
@@ -150,6 +193,7 @@ cases = st.builds(
     batch=in_batch,
     extras=at_a_call,
     reduction=st.sampled_from(list(REDUCED)),
+    dtype=st.sampled_from([None, "float16", "bfloat16", "float32", "float64"]),
     weight=st.sampled_from([None, (2.0, 0.5)]),
 )
 
@@ -184,7 +228,9 @@ def evaluated(function, case):
     """What lossargs gives, after a round trip by config and by pickle."""
     exec(function.source, MODULE.__dict__)
     factory = MODULE.generated = with_args(MODULE.generated)
-    loss = factory.options(reduction=case.reduction)(*case.positionals, **case.keywords)
+    loss = factory.options(reduction=case.reduction, dtype=case.dtype)(
+        *case.positionals, **case.keywords
+    )
     for changes in case.replacements:
         loss = loss.replace(**changes)
     third = None if case.weight is None else np.array(case.weight, "float32")
@@ -212,11 +258,16 @@ def test_bound_loss_equals_the_direct_call(function, case):
         assert any(telling in str(raised.value) for telling in tellings), raised.value
         return
     value = evaluated(function, case)
-    assert same(received[0], args)
-    shift = sum(p * v for p, v in enumerate(args.values(), start=1) if type(v) in (int, float))
+    [(got, dtype)] = received
+    # JAX has float64 only where it is asked for.
+    assert dtype in (case.dtype or "float32", "float32" if BACKEND == "jax" else case.dtype)
+    assert list(got) == list(args)
+    assert all(handed_on(got[name], given, dtype) for name, given in args.items())
+    terms = [place * amount(v) for place, v in enumerate(args.values(), 1) if amount(v) is not None]
     weights = np.ones(2) if case.weight is None else np.array(case.weight)
-    expected = REDUCED[case.reduction](SAMPLES + shift, weights)
-    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-3)
+    expected = REDUCED[case.reduction](sum(terms, SAMPLES), weights)
+    largest = (9 + sum(np.max(np.abs(term)) for term in terms)) * weights.sum()
+    np.testing.assert_allclose(value, expected, rtol=0, atol=4 * EPSILON[dtype] * largest)
 
 
 DTYPES = [
@@ -315,13 +366,54 @@ def test_any_value_can_be_called_with_or_is_refused(value):
         assert "'what'" in str(error)  # noqa: PT017
 
 
-@given(values, values | st.sampled_from([0, 0.0, -0.0, False, "", (), [], np.int8(0)]))
-def test_equal_constants_are_one_loss(value, other):
+CONVERSIONS = (bool, int, float, complex, str, np.float64, np.str_, np.array, operator.neg)
+ARRAY_CHANGES = (
+    np.asfortranarray,
+    operator.neg,
+    lambda array: array[None],
+    lambda array: array[()],
+    lambda array: array.astype(array.dtype.newbyteorder()),
+    lambda array: array.astype("complex128"),
+    lambda array: array.real,
+    lambda array: array.tolist(),
+)
+
+
+def variants(value):
+    """Values that are easily taken for this one; some of them are this one."""
+    if isinstance(value, (list, tuple)):
+        yield from (list(value), tuple(value), value[::-1])
+        for place, item in enumerate(value):
+            for other in variants(item):
+                yield type(value)([*value[:place], other, *value[place + 1 :]])
+    elif isinstance(value, dict):
+        yield from (dict(reversed(value.items())), list(value.items()))
+        for place, key in enumerate(value):
+            items = list(value.items())
+            for other in variants(key):
+                with contextlib.suppress(TypeError):  # not hashable
+                    yield dict([*items[:place], (other, value[key]), *items[place + 1 :]])
+            yield from (value | {key: other} for other in variants(value[key]))
+    else:
+        is_array = isinstance(value, (np.ndarray, np.generic))
+        for change in ARRAY_CHANGES if is_array else CONVERSIONS:
+            # What this kind of value has no such variant of.
+            with (
+                contextlib.suppress(TypeError, ValueError, OverflowError),
+                np.errstate(all="ignore"),
+            ):
+                yield change(np.asarray(value) if is_array else value)
+
+
+@given(values, values)
+def test_equal_constants_are_one_loss(value, another):
     CASES["run"] += 1
-    one, two = bound(value), bound(other)
-    assume(one is not None and two is not None)
+    one = bound(value)
+    assume(one is not None)
     again = pickle.loads(pickle.dumps(value))
     assume(same(again, value))  # NumPy's own pickle drops zeros at the end of text
     assert described(what=again) is one
-    assert (one == two) == (one is two) == same(value, other)
-    assert one != two or hash(one) == hash(two)
+    for other in (value, another, *itertools.islice(variants(value), 100)):
+        if (two := bound(other)) is not None:
+            assert (one == two) == (one is two) == same(value, other)
+            assert one != two or hash(one) == hash(two)
