@@ -111,15 +111,14 @@ constants = (
     | per_sample.map(keras.ops.convert_to_tensor)
     | st.integers(-9, 9).map(shifted.options(reduction=None))
 )
-by_name = st.dictionaries(st.sampled_from(CALLED), constants, max_size=3)
 
 
 @st.composite
-def functions(draw):
+def functions(draw, reserved):
     """Source of a function, and what it takes: by position, by name only, defaults, any name."""
     first = draw(st.sampled_from([("y_true", "y_pred"), ("t", "p"), ("labels", "outputs")]))
     slash = draw(st.booleans())
-    free = [n for n in [*NAMES, *RESERVED[2:]] if n not in first]
+    free = [n for n in [*NAMES, *(RESERVED[2:] if reserved else [])] if n not in first]
     names = draw(st.lists(st.sampled_from(free), unique=True, max_size=4))
     cut = draw(st.integers(0, len(names)))
     defaults = {n: draw(numbers) for n in names if draw(st.booleans())}
@@ -180,22 +179,48 @@ REDUCED = {
 }
 
 
-# At a call, reserved names are Keras's own parameters: given twice, they are Python's TypeError.
-at_a_call = st.dictionaries(st.sampled_from(CALLED[: -len(RESERVED)]), constants, max_size=3)
-in_batch = st.dictionaries(
-    st.sampled_from([*CALLED[: -len(RESERVED)], 0]), numbers | per_sample | st.none(), max_size=2
-)
-cases = st.builds(
-    types.SimpleNamespace,
-    positionals=st.lists(constants, max_size=3),
-    keywords=by_name,
-    replacements=st.lists(by_name, max_size=2),
-    batch=in_batch,
-    extras=at_a_call,
-    reduction=st.sampled_from(list(REDUCED)),
-    dtype=st.sampled_from([None, "float16", "bfloat16", "float32", "float64"]),
-    weight=st.sampled_from([None, (2.0, 0.5)]),
-)
+@st.composite
+def calls(draw):
+    """A function and what it is bound to and called with; most of it sound, the rest anything."""
+    sound = draw(st.integers(0, 3)) > 0
+    function = draw(functions(reserved=not sound))
+    known = [*function.positional, *function.keyword]
+    # At a call, reserved names are Keras's own; given twice, they are Python's TypeError.
+    names = CALLED if function.extra or not sound else known
+    free = [n for n in names if not sound or n not in function.forbidden]
+    at_a_call = [n for n in free if n not in RESERVED]
+
+    def some(names, values=constants, at_most=3):
+        # A sound case is one where most of the function's own names are given.
+        if not names:
+            return {}
+        own = st.sampled_from([n for n in known if n in names] or names)
+        return draw(st.dictionaries(own | st.sampled_from(names), values, max_size=at_most))
+
+    most = len(function.positional) if sound else 3
+    positionals = draw(st.lists(constants, max_size=most))
+    by_name = [n for n in free if not sound or n not in function.positional[: len(positionals)]]
+    numbers_by_batch = numbers | per_sample
+    case = types.SimpleNamespace(
+        positionals=positionals,
+        keywords=some(by_name),
+        replacements=[some(free) for _ in range(draw(st.integers(0, 2)))],
+        batch=some(
+            at_a_call if sound else [*at_a_call, 0],
+            numbers_by_batch if sound else numbers_by_batch | st.none(),
+            at_most=2,
+        ),
+        extras=some(at_a_call),
+        reduction=draw(st.sampled_from(list(REDUCED))),
+        dtype=draw(st.sampled_from([None, "float16", "bfloat16", "float32", "float64"])),
+        weight=draw(st.sampled_from([None, (2.0, 0.5)])),
+    )
+    if sound:
+        for name in known[len(positionals) :]:
+            places = [case.keywords, *case.replacements, case.batch, case.extras]
+            if name not in function.defaults and not any(name in place for place in places):
+                draw(st.sampled_from(places))[name] = draw(numbers_by_batch)
+    return function, case
 
 
 def merged(function, case):
@@ -244,9 +269,10 @@ def evaluated(function, case):
     return value
 
 
-@given(functions(), cases)
-def test_bound_loss_equals_the_direct_call(function, case):
+@given(calls())
+def test_bound_loss_equals_the_direct_call(call):
     CASES["run"] += 1
+    function, case = call
     try:
         args = merged(function, case)
     except ExpectedError as expected:
