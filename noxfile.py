@@ -55,6 +55,8 @@ assert pathlib.Path(sys.prefix) in pathlib.Path(lossargs.__file__).parents
 print("trains with", lossargs.__file__, losses)
 """
 QUICK = "not distributed and not nightly"
+# Tests take one core each, and some gigabytes at most.
+PARALLEL = ["--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal"]
 
 each_backend = nox.parametrize(
     "backend", [nox.param(b, id=b, tags=[b]) for b in (*TRAINING_BACKENDS, "numpy")]
@@ -180,7 +182,7 @@ def build(session: nox.Session) -> None:
 def tests(session: nox.Session, backend: str) -> None:
     """Run the tests, with the examples of README and docstrings, on one backend."""
     install(session, backend, "test", "examples", "company")
-    arguments = session.posargs or ["-m", QUICK, *recorded("tests", backend)]
+    arguments = session.posargs or [*PARALLEL, "-m", QUICK, *recorded("tests", backend)]
     session.run("coverage", "run", "-m", "pytest", *arguments, env=environment(backend))
 
 
@@ -200,7 +202,7 @@ def nightly(session: nox.Session, backend: str) -> None:
     install(session, backend, "test", "examples", "company")
     variables = {**environment(backend), "HYPOTHESIS_PROFILE": "nightly"}
     chosen = ["-m", "nightly or properties", *recorded("nightly", backend)]
-    arguments = session.posargs or chosen
+    arguments = session.posargs or [*PARALLEL, *chosen]
     session.run("pytest", *arguments, env=variables)
 
 
@@ -224,7 +226,9 @@ def minimums(session: nox.Session) -> None:
     numpy = next(d for d in PYPROJECT["project"]["dependencies"] if d.startswith("numpy"))
     oldest = {"keras": MINIMUM_KERAS, "numpy": f"{numpy.partition('>=')[2]}.*", "ml-dtypes": None}
     install(session, "torch", "test", constraints=other_versions(session, oldest))
-    arguments = session.posargs or ["tests", "--ignore=tests/test_mnist.py", "-m", QUICK]
+    arguments = session.posargs or [
+        *PARALLEL, "tests", "--ignore=tests/test_mnist.py", "-m", QUICK,
+    ]  # fmt: skip
     session.run("pytest", *arguments, env=environment("torch"))
 
 
@@ -235,7 +239,7 @@ def newest(session: nox.Session, backend: str) -> None:
     constraints = other_versions(session, {"keras": None})
     install(session, backend, "test", "examples", "company", constraints=constraints)
     session.install("--upgrade", "-c", str(constraints), "keras")  # also if nox reuses this one
-    session.run("pytest", *(session.posargs or ["-m", QUICK]), env=environment(backend))
+    session.run("pytest", *(session.posargs or [*PARALLEL, "-m", QUICK]), env=environment(backend))
 
 
 @nox.session(default=False)
@@ -246,7 +250,7 @@ def keras_nightly(session: nox.Session, backend: str) -> None:
     # Two packages with the same files.
     session.run("python", "-m", "pip", "uninstall", "-q", "-y", "keras", "keras-nightly")
     session.install("--pre", "keras-nightly")
-    arguments = session.posargs or ["-m", QUICK]
+    arguments = session.posargs or [*PARALLEL, "-m", QUICK]
     names = ["--noconftest", "-q", "tests/test_keras_private.py"]  # without lossargs
     try:
         session.run("pytest", *names, env=environment(backend))
@@ -260,7 +264,7 @@ def keras_nightly(session: nox.Session, backend: str) -> None:
 def pythons(session: nox.Session) -> None:
     """Run the tests on one version of Python, on JAX; skipped where that Python is not found."""
     install(session, "jax", "test", "examples", "company")
-    session.run("pytest", *(session.posargs or ["-m", QUICK]), env=environment("jax"))
+    session.run("pytest", *(session.posargs or [*PARALLEL, "-m", QUICK]), env=environment("jax"))
 
 
 @nox.session
