@@ -63,17 +63,27 @@ def observed(y_true, y_pred, args):
     return values
 
 
+def to_numpy(tensor):
+    """In float32: TensorFlow makes no NumPy number of a bfloat16."""
+    return keras.ops.convert_to_numpy(keras.ops.cast(tensor, "float32"))
+
+
 def amount(value):
     """What `observed` adds for a value, told by NumPy; `None` for what it does not add."""
     if isinstance(value, keras.losses.Loss):
         return SAMPLES + value.args["shift"]
     if isinstance(value, np.ndarray) or keras.ops.is_tensor(value):
-        return keras.ops.convert_to_numpy(value).astype("float64")
-    return np.float64(value) if type(value) in (int, float) else None
+        return to_numpy(value).astype("float64")
+    return np.float64(value) if type(value) in (int, float, *FLOATS) else None
 
 
 def handed_on(value, given, dtype):
-    """Whether the function got what was given: as it was, or as a tensor, floats in its dtype."""
+    """Whether the function got what was given: as it was, or as a tensor, floats in its dtype.
+
+    Floats of NumPy become those of Python.
+    """
+    if isinstance(given, np.floating):
+        return same(value, float(given))
     if not isinstance(given, np.ndarray) and not keras.ops.is_tensor(given):
         return same(value, given)
     own = keras.backend.standardize_dtype(given.dtype)
@@ -88,6 +98,7 @@ def handed_on(value, given, dtype):
 
 MODULE.observed = observed
 
+FLOATS = (np.float16, np.float32, np.float64)
 # Half a unit in the last place is the error of one operation; integers are exact.
 EPSILON = {"float16": 2**-10, "bfloat16": 2**-7, "float32": 2**-23, "float64": 2**-23, "int32": 0.0}
 
@@ -109,6 +120,7 @@ constants = (
     | st.dictionaries(st.sampled_from("abc"), numbers, max_size=3)
     | per_sample
     | per_sample.map(keras.ops.convert_to_tensor)
+    | st.builds(lambda kind, number: kind(number), st.sampled_from(FLOATS), numbers)
     | st.integers(-9, 9).map(shifted.options(reduction=None))
 )
 
@@ -200,7 +212,7 @@ def calls(draw):
     most = len(function.positional) if sound else 3
     positionals = draw(st.lists(constants, max_size=most))
     by_name = [n for n in free if not sound or n not in function.positional[: len(positionals)]]
-    numbers_by_batch = numbers | per_sample
+    numbers_by_batch = numbers | per_sample | numbers.map(np.float32)
     case = types.SimpleNamespace(
         positionals=positionals,
         keywords=some(by_name),
@@ -262,7 +274,7 @@ def evaluated(function, case):
     if case.batch:
         third = case.batch if third is None else {**case.batch, "sample_weight": third}
     received.clear()
-    value = keras.ops.convert_to_numpy(loss(Y_TRUE, Y_PRED, third, **case.extras))
+    value = to_numpy(loss(Y_TRUE, Y_PRED, third, **case.extras))
     assert pickle.loads(pickle.dumps(loss)) is loss
     config = json.loads(json.dumps(keras.losses.serialize(loss)))
     assert keras.losses.deserialize(config) is loss

@@ -11,7 +11,7 @@ import pytest
 
 import losses
 from helpers import BACKEND, message_of
-from lossargs import SavingError
+from lossargs import SavingError, with_args
 from losses import composed, described, shifted
 
 
@@ -116,6 +116,32 @@ def test_text_reaches_the_function_as_it_is():
     assert described(what=text).args["what"].tolist() == ["a", "b"]
 
 
+@with_args
+def discounted(y_true, y_pred, s):
+    return keras.ops.exp(-s) * keras.losses.mean_squared_error(y_true, y_pred)
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+def test_a_float_of_numpy_computes_as_one_of_python(kind):
+    """TensorFlow would make a float64 tensor of it, and have no product with a float32 one."""
+    y_true, y_pred = np.zeros((2, 1), "float32"), np.ones((2, 1), "float32")
+    for value in (
+        discounted(kind(0.5))(y_true, y_pred),
+        discounted()(y_true, y_pred, s=kind(0.5)),
+        discounted()(y_true, y_pred, {"s": kind(0.5)}),
+    ):
+        assert keras.backend.standardize_dtype(value.dtype) == "float32"
+        assert float(value) == pytest.approx(np.exp(-0.5), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("short", "long"), [(np.str_("a"), np.str_("a\0")), (np.bytes_(b"a"), np.bytes_(b"a\0"))]
+)
+def test_zeros_at_the_end_of_text_count(short, long):
+    assert described(what=short) != described(what=long)
+    assert len(described(what=long).args["what"]) == 2
+
+
 def test_options_come_back():
     loss = losses.scaled.options(name="late", reduction="sum", dtype="float64")(2)
     back = reloaded(loss)
@@ -164,8 +190,6 @@ def test_values_that_would_not_load_are_refused_when_saving(value):
 
 
 def test_unsaveable_loss_inside_a_value_tells_its_own_reason():
-    from lossargs import with_args
-
     inner = with_args(lambda t, p: t - p)()
     with pytest.raises(SavingError, match="is a lambda"):
         described(what=[inner]).get_config()

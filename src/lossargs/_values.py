@@ -216,8 +216,9 @@ def hand_on(value: Any, dtype: str, where: str) -> Any:
     """The value for the user's function, the same on every backend.
 
     Arrays and tensors become tensors that a step computes with: floats in `dtype`, as `y_true` and
-    `y_pred` are, bool and integers in their own. Containers are new, so that the function may
-    change them.
+    `y_pred` are, bool and integers in their own. Floats of NumPy, `np.float64(0.1)`, become those
+    of Python, which take the dtype of what they are computed with. Containers are new, so that the
+    function may change them.
 
     Raises:
         ArgumentError: The backend has no tensor for an array.
@@ -232,6 +233,9 @@ def hand_on(value: Any, dtype: str, where: str) -> Any:
             leaf = leaf.value
         if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind in _NO_NUMBERS:
             return leaf
+        if isinstance(leaf, np.generic):
+            number = leaf.item()
+            return float(number) if isinstance(number, (float, np.floating)) else leaf
         if isinstance(leaf, np.ndarray):
             return _as_tensor(leaf, dtype, where)
         if keras.ops.is_tensor(leaf):
@@ -253,11 +257,12 @@ def _as_tensor(array: np.ndarray[Any, Any], dtype: str, where: str) -> Any:
     _refuse_mask(array, repr(where))
     _refuse_dtype(array.dtype, repr(where))
     own = keras.backend.standardize_dtype(array.dtype)
-    cast = own != dtype and keras.backend.is_float_dtype(own)
-    if cast and array.dtype.isbuiltin == _USER_DEFINED:
+    is_float = keras.backend.is_float_dtype(own)
+    if is_float and own != dtype and array.dtype.isbuiltin == _USER_DEFINED:
         array = array.astype("float32")  # torch leaves such an array in bfloat16, or refuses it
     try:
-        return keras.ops.convert_to_tensor(array, dtype=dtype if cast else None)
+        # Without a dtype, Keras's NumPy backend makes float32 of float64.
+        return keras.ops.convert_to_tensor(array, dtype=dtype if is_float else None)
     except (TypeError, ValueError) as error:
         raise ArgumentError(
             f"{where!r} is an array of {array.dtype}, of which {keras.backend.backend()} has no "
@@ -290,6 +295,8 @@ def identity(value: Any) -> Hashable:
         return type(value), repr(value)
     if isinstance(value, tuple(live_types)):
         return type(value), id(value)  # which variable it is counts, and not what it holds now
+    if isinstance(value, (np.str_, np.bytes_)):  # an array would drop zeros at the end
+        return type(value), value[:]
     if isinstance(value, (np.ndarray, np.generic, _Tensor)):
         array = value.array if isinstance(value, _Tensor) else np.asarray(value)
         digest = hashlib.blake2b(array.tobytes()).digest()
@@ -355,7 +362,7 @@ def encode(value: Any, where: str) -> Any:
         return {"kind": "bytes", "data": base64.b64encode(value).decode()}
     if isinstance(value, np.ndarray):
         return _encode_array("array", value)
-    if isinstance(value, (np.str_, np.bytes_)):  # an array would drop zeros at the end
+    if isinstance(value, (np.str_, np.bytes_)):
         return {"kind": "text", "item": encode(value[:], where)}
     if isinstance(value, np.generic):
         return _encode_array("scalar", np.asarray(value))
