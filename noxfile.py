@@ -94,6 +94,7 @@ def environment(backend: str) -> dict[str, str]:
         "KERAS_BACKEND": backend,
         "LOSSARGS_TEST_BACKEND": backend,
         "TF_CPP_MIN_LOG_LEVEL": "3",
+        "OMP_NUM_THREADS": "1",  # PyTorch's threads would wait for those of the other processes
     }
 
 
