@@ -376,6 +376,8 @@ def test_values_come_back_from_config_and_pickle(value):
     loss = bound(value)
     assume(loss is not None)
     assert same(loss.args["what"], value)
+    # NumPy's own pickle drops zeros at the end of text.
+    assume(same(pickle.loads(pickle.dumps(value)), value))
     text, pickled = json.dumps(keras.losses.serialize(loss)), pickle.dumps(loss)
     alive = weakref.ref(loss)
     del loss  # else loading an equal one gives this one, whatever was read
