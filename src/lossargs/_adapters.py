@@ -71,9 +71,9 @@ class Adapter(keras.Layer):
     def __init__(self, tensor: Any = None, **kwargs: Any) -> None:
         if tensor is not None and not isinstance(tensor, keras.KerasTensor):
             raise ArgumentError(
-                f"{type(self).__name__} was given {show(tensor)}, and reads a symbolic tensor. Give "
-                "the output of a layer or a keras.Input; or nothing, and the tensor by the name of "
-                "the argument in the call of LossArgs."
+                f"{type(self).__name__} was given {show(tensor)}, and reads a symbolic tensor. "
+                "Give the output of a layer or a keras.Input; or nothing, and the tensor by the "
+                "name of the argument in the call of LossArgs."
             )
         # No mixed policy: live values keep their precision.
         super().__init__(**{"dtype": keras.config.floatx(), **kwargs})
