@@ -109,6 +109,6 @@ def test_adapter_without_a_value(data):
 
 
 def test_an_adapter_of_no_symbolic_tensor():
-    text = r"MovingAverage was given array\(.*, and reads a symbolic tensor. Give the output of a layer"
+    text = r"MovingAverage was given array\(.*, and reads a symbolic tensor. Give the output of a "
     with pytest.raises(ArgumentError, match=text):
         kinds.MovingAverage(np.ones(3))

@@ -133,7 +133,7 @@ PLACES = {
     "tensor of a variable": (("adapters", 0, "config", "tensor"), "os.system"),
     "function of a list": ((*LOSS, "function"), ["os>system"]),
     "module of a dict": ((*LOSS, "module"), {}),
-    "dtype of a dict": ((*LOSS, "dtype"), of_class("DTypePolicy", "keras", name="float32")),
+    "dtype of a dict": ((*LOSS, "dtype"), of_class("DTypePolicy", "keras")),
     "args of nothing": ((*LOSS, "args"), None),
     "y_true as an argument": ((*LOSS, "args", "y_true"), 1),
     "unknown entry": ((*LOSS, "call"), "os.system"),
@@ -295,7 +295,7 @@ def test_loss_alone(good_loss, case, watched):
     hostile = changed({"loss": good_loss}, *ALONE[case])["loss"]
     for read in READ.values():
         with pytest.raises(LossArgsError) as error:
-            read(copy.deepcopy(hostile))
+            read(hostile)
         check(error.value)
 
 
@@ -339,7 +339,7 @@ def test_no_easier_to_attack_with_a_bound_loss(good_loss, case, part, watched):
     def outcome(loss):
         try:
             compiled(**{"loss": loss, part: copy.deepcopy(OBJECTS[case])})
-        except Exception as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             return type(error)
         return None
 
