@@ -324,7 +324,7 @@ def test_file_of_a_compiled_model(good, good_loss, case, watched, tmp_path):
     check(error.value)
 
 
-def test_compiled_with_live_values_of_nobody(watched):
+def test_compiled_with_live_values_of_nobody():
     model = attached()
     config = json.loads(json.dumps(keras.saving.serialize_keras_object(layer_of(model).loss)))
     hostile = changed({"loss": config}, *PLACES["value: live of nobody"])["loss"]
