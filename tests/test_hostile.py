@@ -329,7 +329,7 @@ def test_compiled_with_live_values_of_nobody():
     config = json.loads(json.dumps(keras.saving.serialize_keras_object(layer_of(model).loss)))
     hostile = changed({"loss": config}, *PLACES["value: live of nobody"])["loss"]
     model.compile_from_config({"optimizer": "sgd", "loss": hostile})
-    with pytest.raises(WHILE_BUILDING, match="is attached to .*, and was compiled with"):
+    with pytest.raises(WHILE_BUILDING, match="and was compiled with|has live arguments"):
         model.evaluate(np.zeros((2, 3)), np.zeros((2, 2)), verbose=0)
 
 
