@@ -195,7 +195,8 @@ class VariableAdapter(Adapter):
             if regularizer is not None:
                 variable.regularizer = load_object(regularizer, keras.regularizers.Regularizer)
             # Keras's way checks that the dtype is one; its constructor takes any object for it.
-            return super().from_config({**config, "variable": variable})
+            adapter: Self = super().from_config({**config, "variable": variable})
+            return adapter
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
@@ -232,7 +233,8 @@ class ScheduleAdapter(Adapter):
             # Of that class only: what it names is called in each step.
             kind = keras.optimizers.schedules.LearningRateSchedule
             schedule = load_object(config.get("schedule"), kind)
-            return super().from_config({**config, "schedule": schedule})
+            adapter: Self = super().from_config({**config, "schedule": schedule})
+            return adapter
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
@@ -259,4 +261,5 @@ class TensorAdapter(Adapter):
             shape = checked(config, "shape", list, tuple, type(None))
             if not all(n is None or (type(n) is int and n >= 0) for n in shape or ()):
                 raise ValueError(f"no shape: {shape}")
-            return super().from_config(config)
+            adapter: Self = super().from_config(config)
+            return adapter
