@@ -11,7 +11,7 @@ from keras import ops
 import kinds
 import losses
 from helpers import linear_model, predictions, run_python
-from lossargs import Adapter, AttachError, LossArgs, attach
+from lossargs import Adapter, ArgumentError, AttachError, LossArgs, attach
 
 pytestmark = pytest.mark.fit
 
@@ -106,3 +106,9 @@ def test_adapter_without_a_value(data):
     loss = losses.shifted(Adapter())
     with pytest.raises(NotImplementedError, match="Adapter has to say in .value. what"):
         attach(linear_model(), loss).predict(data.x, verbose=0)
+
+
+def test_an_adapter_of_no_symbolic_tensor():
+    text = r"MovingAverage was given array\(.*, and reads a symbolic tensor. Give the output of a "
+    with pytest.raises(ArgumentError, match=text):
+        kinds.MovingAverage(np.ones(3))

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import losses
-from helpers import linear_model
-from lossargs import AttachError, LossArgsError, attach, grad
+from helpers import WHILE_BUILDING, linear_model
+from lossargs import AttachError, LossArgs, LossArgsError, attach, grad
 
 BIG = 2**40
 
@@ -87,11 +87,25 @@ VALUES = {
 
 # What stands at a place of the config, and what stands there instead.
 LOSS = ("loss", "config")
+INNER = (*LOSS, "args", "main", "object", "config")
 VARIABLE = ("adapters", 0, "config", "variable")
+TENSOR = ("adapters", 2, "config")
 MISSING = object()
 PLACES = {
     **{f"value: {name}": ((*LOSS, "args", "what"), one) for name, one in VALUES.items()},
     **{f"inner: {name}": ((*LOSS, "args", "main", "object"), one) for name, one in OBJECTS.items()},
+    **{f"inner value: {name}": ((*INNER, "args", "shift"), one) for name, one in VALUES.items()},
+    **{f"track: {name}": (("track", 0), one) for name, one in OBJECTS.items()},
+    **{
+        f"track value: {name}": (("track", 0, "config", "args", "what"), one)
+        for name, one in VALUES.items()
+    },
+    **{
+        f"{part} of {kind}: {name}": (("adapters", kind, "config", part), one)
+        for kind, parts in enumerate((["dtype"], ["dtype"], ["dtype", "shape", "tensor"]))
+        for part in parts
+        for name, one in OBJECTS.items()
+    },
     **{f"loss: {name}": (("loss",), one) for name, one in OBJECTS.items()},
     **{f"adapter: {name}": (("adapters", 0), one) for name, one in OBJECTS.items()},
     **{
@@ -112,6 +126,21 @@ PLACES = {
             *((*VARIABLE, name) for name in ("value", "dtype", "trainable", "name")),
         ]
     },
+    "no shape of a tensor": ((*TENSOR, "shape"), MISSING),
+    "negative shape": ((*TENSOR, "shape"), [-1]),
+    "shape of text": ((*TENSOR, "shape"), ["os.system"]),
+    "deep shape": ((*TENSOR, "shape"), nested(800)),
+    "tensor of a variable": (("adapters", 0, "config", "tensor"), "os.system"),
+    "function of a list": ((*LOSS, "function"), ["os>system"]),
+    "module of a dict": ((*LOSS, "module"), {}),
+    "dtype of a dict": ((*LOSS, "dtype"), of_class("DTypePolicy", "keras")),
+    "args of nothing": ((*LOSS, "args"), None),
+    "y_true as an argument": ((*LOSS, "args", "y_true"), 1),
+    "unknown entry": ((*LOSS, "call"), "os.system"),
+    "inner function of os": ((*INNER, "function"), "os>system"),
+    "inner private function": ((*INNER, "function"), "lossargs._function>registered"),
+    "no inner function": ((*INNER, "function"), MISSING),
+    "tracked function of os": (("track", 0, "config", "function"), "os>system"),
     "function of os": ((*LOSS, "function"), "os>system"),
     "function of the canary": ((*LOSS, "function"), "canary>bark"),
     "private function": ((*LOSS, "function"), "lossargs._function>registered"),
@@ -131,21 +160,31 @@ PLACES = {
 }
 
 
-def attached():
+def attached(**tensors):
     loss = losses.flexible(
         live=keras.Variable(1.0, trainable=False, name="live"),
         schedule=keras.optimizers.schedules.PolynomialDecay(0.0, 9, 1.0),
         what=1.0,
         main=losses.shifted.options(reduction=None)(3),
+        **tensors,
     )
-    return attach(linear_model(), loss)
+    tracked = losses.described.options(name="tracked")(what=1.0)
+    return attach(linear_model(), loss, track=[tracked])
+
+
+def with_tensor():
+    return attached(code=keras.Input((1,), name="code"))
+
+
+def layer_of(model):
+    return next(layer for layer in model.layers if isinstance(layer, LossArgs))
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     """The members of a good file."""
     path = tmp_path_factory.mktemp("good") / "model.keras"
-    attached().save(path)
+    with_tensor().save(path)
     with zipfile.ZipFile(path) as file:
         return {name: file.read(name) for name in file.namelist()}
 
@@ -199,7 +238,7 @@ def test_layer(good, case, watched):
     check(error.value)
 
 
-CASES = list(PLACES)[::6]  # whole files take longer
+CASES = list(PLACES)[::10]  # whole files take longer
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -216,7 +255,144 @@ def test_file(good, case, watched, tmp_path):
 
 def test_good_file_loads_afterwards(good, tmp_path):
     model = keras.saving.load_model(written(good, tmp_path / "good.keras"))
-    assert repr(model.layers[-1].loss) == repr(attached().layers[-1].loss)
+    assert repr(layer_of(model).loss) == repr(layer_of(with_tensor()).loss)
+
+
+# The same places where a loss stands by itself, but for the one that only its layer knows.
+ALONE = {
+    name: one
+    for name, one in PLACES.items()
+    if one[0][: len(LOSS)] == LOSS and name != "value: live of nobody"
+    if name != "inner value: live of nobody"
+}
+
+
+def compiled(**config):
+    keras.Model().compile_from_config({"optimizer": "sgd", **config})
+
+
+READ = {
+    "keras.saving": keras.saving.deserialize_keras_object,
+    "keras.losses": keras.losses.deserialize,
+    "keras.losses.get": keras.losses.get,
+    "the loss": lambda loss: compiled(loss=loss),
+    "the loss of an output": lambda loss: compiled(loss={"a": "mse", "b": loss}),
+    "one of the losses": lambda loss: compiled(loss=["mse", loss]),
+    "a metric": lambda loss: compiled(loss="mse", metrics=[loss]),
+}
+
+
+@pytest.fixture(scope="module")
+def good_loss():
+    config = json.loads(json.dumps(keras.saving.serialize_keras_object(layer_of(attached()).loss)))
+    for read in READ.values():
+        read(config)
+    return config
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_loss_alone(good_loss, case, watched):
+    hostile = changed({"loss": good_loss}, *ALONE[case])["loss"]
+    for read in READ.values():
+        with pytest.raises(LossArgsError) as error:
+            read(hostile)
+        check(error.value)
+
+
+def test_losses_deep_in_one_another(good_loss, watched):
+    config = good_loss
+    for _ in range(800):
+        args = {"main": {"kind": "keras", "object": config}}
+        config = {**good_loss, "config": {**good_loss["config"], "args": args}}
+    with pytest.raises(LossArgsError, match="cannot be read"):
+        keras.losses.deserialize(config)
+
+
+def compiled_members(good, config):
+    """The members of a good file of a model that was compiled with this loss."""
+    model = json.loads(good["config.json"])
+    model["compile_config"] = {"optimizer": "sgd", "loss": config}
+    return {**good, "config.json": json.dumps(model)}
+
+
+@pytest.mark.parametrize("case", list(ALONE)[::12])
+def test_file_of_a_compiled_model(good, good_loss, case, watched, tmp_path):
+    hostile = changed({"loss": good_loss}, *ALONE[case])["loss"]
+    path = written(compiled_members(good, hostile), tmp_path / "hostile.keras")
+    with pytest.raises(LossArgsError) as error:
+        keras.saving.load_model(path)
+    check(error.value)
+
+
+def test_compiled_with_live_values_of_nobody():
+    model = attached()
+    config = json.loads(json.dumps(keras.saving.serialize_keras_object(layer_of(model).loss)))
+    hostile = changed({"loss": config}, *PLACES["value: live of nobody"])["loss"]
+    model.compile_from_config({"optimizer": "sgd", "loss": hostile})
+    with pytest.raises(WHILE_BUILDING, match="and was compiled with|has live arguments"):
+        model.evaluate(np.zeros((2, 3)), np.zeros((2, 2)), verbose=0)
+
+
+@pytest.mark.parametrize("case", OBJECTS)
+@pytest.mark.parametrize("part", ["optimizer", "metrics"])
+def test_no_easier_to_attack_with_a_bound_loss(good_loss, case, part, watched):
+    def outcome(loss):
+        try:
+            compiled(**{"loss": loss, part: copy.deepcopy(OBJECTS[case])})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            return type(error)
+        return None
+
+    assert outcome(copy.deepcopy(good_loss)) == outcome("mse")
+
+
+# What stands at a place of the config of a model of several outputs, and what stands there instead.
+MODEL = {
+    **{f"no {name}": ((name,), MISSING) for name in ("layers", "input_layers", "output_layers")},
+    "no name": (("name",), MISSING),
+    "name of a dict": (("name",), {"a": 1}),
+    "trainable of text": (("trainable",), "os.system"),
+    "layers of text": (("layers",), "abc"),
+    "layers of a dict": (("layers",), {"a": 1}),
+    "no layer": (("layers",), []),
+    **{f"layer: {name}": (("layers", 0), one) for name, one in OBJECTS.items()},
+    **{f"outputs: {name}": (("output_layers",), one) for name, one in OBJECTS.items()},
+    **{
+        f"{ends} {name}": ((ends,), one)
+        for ends in ("input_layers", "output_layers")
+        for name, one in {
+            "of text": "abc",
+            "of nothing": [],
+            "in an empty dict": {},
+            "deep": nested(800),
+            "of no layer": [["nobody", 0, 0]],
+            "of no call": [["a", 7, 0]],
+            "of a negative call": [["a", -1, 0]],
+            "of a call of text": [["a", "x", 0]],
+            "of no tensor": [["a", 0, 9]],
+        }.items()
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def several_outputs():
+    x = keras.Input((3,))
+    model = keras.Model(x, [keras.layers.Dense(2, name=name)(x) for name in "ab"])
+    model = attach(model, [losses.shifted(keras.Variable(1.0, name="live")), losses.shifted(2)])
+    config = json.loads(json.dumps(keras.saving.serialize_keras_object(model)))
+    assert config["class_name"] == "AttachedModel"
+    loaded = keras.saving.deserialize_keras_object(copy.deepcopy(config))
+    assert loaded.output_names == ["a", "b"]
+    return config
+
+
+@pytest.mark.parametrize("case", MODEL)
+def test_model_of_several_outputs(several_outputs, case, watched):
+    hostile = {**several_outputs, "config": changed(several_outputs["config"], *MODEL[case])}
+    with pytest.raises(LossArgsError) as error:
+        keras.saving.deserialize_keras_object(hostile)
+    check(error.value)
 
 
 @pytest.mark.parametrize("how", ["missing", "shape", "text"])
@@ -299,7 +475,7 @@ def test_more_tensors_than_a_layer_reads():
 def test_object_under_the_id_of_another(good, watched, tmp_path):
     model = json.loads(good["config.json"])
     layer = next(c for c in model["config"]["layers"] if c["class_name"] == "LossArgs")
-    variable, schedule = layer["config"]["adapters"]
+    variable, schedule, _ = layer["config"]["adapters"]
     variable["shared_object_id"] = schedule["config"]["schedule"]["shared_object_id"] = 123456
     members = {**good, "config.json": json.dumps(model)}
     with pytest.raises(LossArgsError, match="VariableAdapter is no LearningRateSchedule"):

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 import keras
 import numpy as np
 
-from lossargs._errors import AttachError
+from lossargs._errors import ArgumentError, AttachError
 from lossargs._values import checked, decode, encode, live_types, load_object, reading, show
 
 
@@ -21,6 +21,9 @@ class Adapter(keras.Layer):
     Args:
         tensor: The symbolic tensor whose values are given to `value` in each step, if any.
         **kwargs: Those of `keras.layers.Layer`, from its config.
+
+    Raises:
+        ArgumentError: What was given for the tensor is no symbolic tensor.
 
     Attributes:
         adapts: A type whose instances, when bound, are given to this class as `cls(instance)`.
@@ -66,6 +69,12 @@ class Adapter(keras.Layer):
             live_types.append(adapted)
 
     def __init__(self, tensor: Any = None, **kwargs: Any) -> None:
+        if tensor is not None and not isinstance(tensor, keras.KerasTensor):
+            raise ArgumentError(
+                f"{type(self).__name__} was given {show(tensor)}, and reads a symbolic tensor. "
+                "Give the output of a layer or a keras.Input; or nothing, and the tensor by the "
+                "name of the argument in the call of LossArgs."
+            )
         # No mixed policy: live values keep their precision.
         super().__init__(**{"dtype": keras.config.floatx(), **kwargs})
         self.tensor = tensor
@@ -185,8 +194,9 @@ class VariableAdapter(Adapter):
                 variable.constraint = load_object(constraint, keras.constraints.Constraint)
             if regularizer is not None:
                 variable.regularizer = load_object(regularizer, keras.regularizers.Regularizer)
-            del config["variable"]
-            return cls(variable, **config)
+            # Keras's way checks that the dtype is one; its constructor takes any object for it.
+            adapter: Self = super().from_config({**config, "variable": variable})
+            return adapter
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
@@ -223,7 +233,8 @@ class ScheduleAdapter(Adapter):
             # Of that class only: what it names is called in each step.
             kind = keras.optimizers.schedules.LearningRateSchedule
             schedule = load_object(config.get("schedule"), kind)
-            return cls(**{**config, "schedule": schedule})
+            adapter: Self = super().from_config({**config, "schedule": schedule})
+            return adapter
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
@@ -243,3 +254,12 @@ class TensorAdapter(Adapter):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "shape": self.shape}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        with reading("A saved tensor"):
+            shape = checked(config, "shape", list, tuple, type(None))
+            if not all(n is None or (type(n) is int and n >= 0) for n in shape or ()):
+                raise ValueError(f"no shape: {shape}")
+            adapter: Self = super().from_config(config)
+            return adapter

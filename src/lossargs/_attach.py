@@ -1,6 +1,6 @@
 """`attach` and `detach`: the layer of live arguments put into a model, and taken out again."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import keras
@@ -16,6 +16,7 @@ from lossargs._keras import (
     origin,
 )
 from lossargs._layer import LossArgs, check_is_bound, layers_of, names_of
+from lossargs._values import checked, damaged, reading
 
 Target = TypeVar("Target")
 
@@ -35,6 +36,40 @@ class AttachedModel(keras.Model):
     @output_names.setter
     def output_names(self, names: list[str]) -> None:
         """Keras sets them by the layers."""
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        """The model that `get_config` described.
+
+        Raises:
+            SavingError: The config is damaged. What its layers raise is left as it is.
+        """
+        what = f"The config of an {cls.__name__}"
+        with reading(what):
+            names = {checked(layer, "name", str) for layer in checked(config, "layers", list)}
+            for ends in ("input_layers", "output_layers"):
+                _check_places(checked(config, ends, list, dict), names)
+            checked(config, "name", str)
+            checked(config, "trainable", bool)
+        try:
+            return super().from_config(config, custom_objects)
+        except IndexError as error:  # of a call that no layer has
+            raise damaged(what, f"an input or output is the result of no call ({error})") from error
+
+
+def _check_places(places: Any, names: Collection[str]) -> None:
+    """Raise unless these are tensors as Keras writes them: layer, call, number, at any depth."""
+    match places:
+        case [str(name), int(call), int(number)] if name in names and min(call, number) >= 0:
+            pass
+        case [one, *_] if not isinstance(one, str):
+            for place in places:
+                _check_places(place, names)
+        case dict() if places:
+            for place in places.values():
+                _check_places(place, names)
+        case _:
+            raise ValueError(f"{places!r} is no tensor of one of its layers")
 
 
 def attach(target: Target, loss: Any, *, track: Any = ()) -> Target:

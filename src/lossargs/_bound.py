@@ -425,6 +425,9 @@ class BoundLoss(keras.losses.Loss):
                 "reduction": checked(config, "reduction", str, type(None)),
                 "dtype": checked(config, "dtype", str, type(None)),
             }
+            unknown = set(config) - {"function", "module", "args", *options}
+            if unknown:  # what it asks for would not be done
+                raise ValueError(f"it has entries that are unknown here, {listed(sorted(unknown))}")
             function = registered(key, module)
             decoded = {name: decode(value) for name, value in args.items()}
             try:
