@@ -146,7 +146,6 @@ def test_backup_and_restore(tmp_path, data):
     schedule = keras.optimizers.schedules.PolynomialDecay(0.0, 100, 100.0)  # the step itself
 
     def trained(*callbacks, stop_in=None):
-        keras.utils.clear_session(free_memory=False)
         shift = variable()
         model = attached(losses.flexible(shift=shift, step=schedule), keras.optimizers.SGD(0.1))
 
