@@ -163,10 +163,8 @@ def check_error_in_the_third_step(model, how, data, mask, *, eager):
             text, note = r"Generator yielded an element of shape \(12, 5\)", None
         elif mask is MISSING:
             text = r"dictionary key mismatch; expected key\(s\): .*'mask'"
-        elif (
-            mask is LENGTH and not eager
-        ):  # the graph is made for any length, and fails when it runs
-            text, note = "masked/", None
+        elif mask is LENGTH and not eager:
+            text, note = "masked/", None  # the graph is made for any length, and fails in a run
         kind = of_shapes()[0]
     with pytest.raises(kind, match=text) as error:
         run(model, how, data, GOOD, GOOD, mask)
