@@ -134,6 +134,48 @@ def test_learning_rate_scheduler(data):
     assert history["learning_rate"] == pytest.approx([1e-9, 2e-9, 3e-9])
 
 
+class Interrupted(Exception):  # noqa: N818
+    pass
+
+
+def test_backup_and_restore(tmp_path, data):
+    """An interrupted run goes on where it was: weights, a live value, and the place of a schedule.
+
+    `test_kill.py` does so with killed processes.
+    """
+    schedule = keras.optimizers.schedules.PolynomialDecay(0.0, 100, 100.0)  # the step itself
+
+    def trained(*callbacks, stop_in=None):
+        shift = variable()
+        model = attached(losses.flexible(shift=shift, step=schedule), keras.optimizers.SGD(0.1))
+
+        def assign(epoch, logs):
+            if epoch == stop_in:
+                raise Interrupted
+            live_args(model)["shift"].assign(to_float(shift) + 1)  # so that it depends on its past
+
+        assigning = keras.callbacks.LambdaCallback(on_epoch_begin=assign)
+        options = {"epochs": 4, "batch_size": 6, "shuffle": False}
+        return model, lambda: fitted(model, data, *callbacks, assigning, **options)
+
+    model, run = trained()
+    expected = run()
+    assert expected["shift"] == [1, 2, 3, 4]
+    assert expected["step"] == pytest.approx([1, 3, 5, 7], abs=1e-4)
+
+    backup = tmp_path / "backup"
+    _, run = trained(keras.callbacks.BackupAndRestore(backup), stop_in=2)
+    with pytest.raises(Interrupted):
+        run()
+    resumed, run = trained(keras.callbacks.BackupAndRestore(backup))
+    history = run()
+    assert set(history) == set(expected)
+    for name, values in history.items():
+        assert values == pytest.approx(expected[name][2:], rel=1e-5), name
+    for one, two in zip(resumed.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5)
+
+
 def test_tensorboard(tmp_path, data):
     pytest.importorskip("tensorflow", reason="Keras's TensorBoard callback writes by TensorFlow")
     pytest.importorskip("tensorboard")
@@ -330,6 +372,7 @@ def served(path, x):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.onnx.*")
 @pytest.mark.filterwarnings("ignore:You are using the legacy:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The `native_serialization` parameter:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["variable", "input", "detached"])
 def test_export(tmp_path, data, kind):
     if BACKEND == "torch":

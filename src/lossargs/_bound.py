@@ -534,7 +534,8 @@ def _called(name: str, y_true: Any, y_pred: Any, given: Mapping[str, Any]) -> st
     parts = []
     for argument, value in {"y_true": y_true, "y_pred": y_pred, **given}.items():
         if keras.ops.is_tensor(value) or isinstance(value, np.ndarray):
-            part = f"{argument}: {str(value.dtype).removeprefix('torch.')} {_shape(value)}"
+            dtype = getattr(value.dtype, "name", str(value.dtype).removeprefix("torch."))
+            part = f"{argument}: {dtype} {_shape(value)}"
             if _shape(value)[:1] not in ((), samples):
                 part += f", where y_pred has {samples[0] if samples else 'none'} first"
         else:
