@@ -98,6 +98,12 @@ def environment(backend: str) -> dict[str, str]:
     }
 
 
+def groups(backend: str) -> list[str]:
+    """What the tests on a backend need."""
+    # Keras exports from PyTorch by ONNX.
+    return [backend, "test", "examples", "company", *(["onnx"] if backend == "torch" else [])]
+
+
 def recorded(run: str, backend: str) -> list[str]:
     """Options of pytest that show what is slow, and keep what passed, for `nox -s promises`."""
     return ["--durations=5", f"--junitxml={TEST_RESULTS / f'{run}-{backend}.xml'}"]
@@ -182,7 +188,7 @@ def build(session: nox.Session) -> None:
 @each_backend
 def tests(session: nox.Session, backend: str) -> None:
     """Run the tests, with the examples of README and docstrings, on one backend."""
-    install(session, backend, "test", "examples", "company")
+    install(session, *groups(backend))
     arguments = session.posargs or [*PARALLEL, "-m", QUICK, *recorded("tests", backend)]
     session.run("coverage", "run", "-m", "pytest", *arguments, env=environment(backend))
 
@@ -200,7 +206,7 @@ def distributed(session: nox.Session, backend: str) -> None:
 @each_training_backend
 def nightly(session: nox.Session, backend: str) -> None:
     """Test for minutes: 10,000 generated cases, killed runs, 20,000 steps, hundreds of models."""
-    install(session, backend, "test", "examples", "company")
+    install(session, *groups(backend))
     variables = {**environment(backend), "HYPOTHESIS_PROFILE": "nightly"}
     chosen = ["-m", "nightly or properties", *recorded("nightly", backend)]
     arguments = session.posargs or [*PARALLEL, *chosen]
@@ -238,7 +244,7 @@ def minimums(session: nox.Session) -> None:
 def newest(session: nox.Session, backend: str) -> None:
     """Run the tests on the newest release of Keras that pip finds, on one backend."""
     constraints = other_versions(session, {"keras": None})
-    install(session, backend, "test", "examples", "company", constraints=constraints)
+    install(session, *groups(backend), constraints=constraints)
     session.install("--upgrade", "-c", str(constraints), "keras")  # also if nox reuses this one
     session.run("pytest", *(session.posargs or [*PARALLEL, "-m", QUICK]), env=environment(backend))
 
@@ -247,7 +253,7 @@ def newest(session: nox.Session, backend: str) -> None:
 @each_training_backend
 def keras_nightly(session: nox.Session, backend: str) -> None:
     """Run the tests on Keras of last night; if they fail, it is shown, and nox does not fail."""
-    install(session, backend, "test", "examples", "company")
+    install(session, *groups(backend))
     # Two packages with the same files.
     session.run("python", "-m", "pip", "uninstall", "-q", "-y", "keras", "keras-nightly")
     session.install("--pre", "keras-nightly")

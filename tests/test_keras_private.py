@@ -7,6 +7,7 @@ or the other tests: where an import is gone, run `pytest --noconftest tests/test
 import ast
 import functools
 import importlib
+import sys
 from pathlib import Path
 
 import keras
@@ -232,6 +233,45 @@ def test_steps():
         seen.clear()
         run()
         assert {name: model} in seen
+
+
+@private(
+    "fit",
+    "evaluate",
+    "_value",
+    used="to give a model on JAX its variables back after an exception, from the local `state`",
+    look="keras/src/backend/jax/trainer.py",
+)
+@pytest.mark.skipif(BACKEND != "jax", reason="the other backends leave the variables in place")
+def test_taken_variables():
+    seen = []
+
+    def look():
+        frame = sys._getframe()
+        while frame is not None and frame.f_code.co_name not in ("fit", "evaluate"):
+            frame = frame.f_back
+        if frame is None or "state" not in frame.f_locals:
+            return  # still being built
+        taken = [model.trainable_variables, model.non_trainable_variables]
+        taken += [model.optimizer.variables] if frame.f_code.co_name == "fit" else []
+        taken += [model.metrics_variables]
+        shapes = [[value.shape for value in values] for values in frame.f_locals["state"]]
+        assert shapes == [[variable.shape for variable in variables] for variables in taken]
+        assert all(variable._value is None for variables in taken for variable in variables)
+        assert frame.f_locals["self"] is model
+        seen.append(frame.f_code.co_name)
+
+    class Looking(keras.layers.Layer):
+        def call(self, x):
+            look()
+            return x
+
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1), Looking()])
+    model.compile("adam", loss=mean_error)
+    x, y = np.ones((2, 2)), np.ones((2, 1))
+    model.fit(x, y, verbose=0)
+    model.evaluate(x, y, verbose=0)
+    assert set(seen) == {"fit", "evaluate"}
 
 
 @private(

@@ -28,6 +28,7 @@ from lossargs._keras import (
     FunctionLoss,
     flat_layers,
     get_keras_mask,
+    give_variables_back,
     in_metrics,
     in_symbolic_scope,
     model_in_use,
@@ -210,11 +211,15 @@ class BoundLoss(keras.losses.Loss):
                 attached to.
             BatchError: What came with the batch would be used wrongly, or not at all.
         """
-        step = carried(y_pred).get(self.token)
-        loss = self.evaluated(y_true, y_pred, sample_weight, extra)
-        layer = step.layer() if step is not None and step.layer is not None else None
-        if layer is not None and step is not None:
-            layer.report(step.logged, y_true, y_pred, sample_weight)
+        try:
+            step = carried(y_pred).get(self.token)
+            loss = self.evaluated(y_true, y_pred, sample_weight, extra)
+            layer = step.layer() if step is not None and step.layer is not None else None
+            if layer is not None and step is not None:
+                layer.report(step.logged, y_true, y_pred, sample_weight)
+        except Exception:
+            give_variables_back()
+            raise
         return loss
 
     def evaluated(

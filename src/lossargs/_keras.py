@@ -51,6 +51,7 @@ __all__ = [
     "flat_layers",
     "get_keras_mask",
     "get_object_name",
+    "give_variables_back",
     "in_metrics",
     "in_sharing_scope",
     "in_symbolic_scope",
@@ -163,6 +164,28 @@ def in_training_step() -> bool:
     """Whether a model is being trained, and not evaluated or called otherwise."""
     frame = _frame_of_model("train_step", "test_step", "predict_step")
     return frame is not None and frame.f_code.co_name == "train_step"
+
+
+def give_variables_back() -> None:
+    """Return the variables that Keras takes from a model on JAX while it runs an epoch.
+
+    Keras itself returns them at the end; an exception in the first step would lose them.
+    """
+    frame = _frame_of_model("fit", "evaluate") if keras.backend.backend() == "jax" else None
+    if frame is None or "state" not in frame.f_locals:
+        return
+    model = frame.f_locals["self"]
+    trained = [model.optimizer.variables] if frame.f_code.co_name == "fit" else []
+    taken = [
+        model.trainable_variables,
+        model.non_trainable_variables,
+        *trained,
+        model.metrics_variables,
+    ]
+    for variables, values in zip(taken, frame.f_locals["state"], strict=False):
+        for variable, value in zip(variables, values, strict=False):
+            if variable._value is None:
+                variable._value = value
 
 
 def torch_processes() -> int:
