@@ -44,7 +44,15 @@ from keras import layers  # noqa: E402
 
 from lossargs import with_args  # noqa: E402
 
-HEIGHT, WIDTH, INK, W0, SIGMA, BATCH, RECALL = 32, 64, 0.4, 30, 1.5, 20, 0.9  # darker: a digit
+HEIGHT, WIDTH, INK, W0, SIGMA, BATCH, RECALL = (
+    32,
+    64,
+    0.4,
+    30,
+    1.5,
+    20,
+    0.9,
+)  # INK: darker is a digit
 
 
 @with_args

@@ -7,8 +7,6 @@ goes between the marks of `docs/promises.md`.
 """
 
 import argparse
-import collections
-import datetime as dt
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -51,55 +49,48 @@ PROMISES = {
 }  # fmt: skip
 
 
-def counted(path):
-    """How many cases of each test file passed, and how many were generated for them."""
-    passed, generated = collections.Counter(), collections.Counter()
+def passed_tests(path):
+    """The tests that passed in a run: each one's file, and how many cases it generated."""
     for case in ET.parse(path).iter("testcase"):
         if case.find("skipped") is not None:
             continue
         if case.find("failure") is not None or case.find("error") is not None:
             raise SystemExit(f"{path}: {case.get('name')} failed; the page tells of runs that pass")
-        file = next((p for p in case.get("classname").split(".") if p.startswith("test_")), None)
-        passed[file or "documents"] += 1
-        for one in case.iter("property"):
-            if one.get("name") == "generated":
-                generated[file] += int(one.get("value"))
-    return passed, generated
+        parts = case.get("classname").split(".")
+        file = next((part for part in parts if part.startswith("test_")), "documents")
+        found = {one.get("name"): one.get("value") for one in case.iter("property")}
+        yield (*parts, case.get("name")), file, int(found.get("generated", 0))
 
 
-def cell(passed, generated):
-    """A number of tests, and of the cases that they generated."""
-    if not passed:
-        return "none"
-    return f"{passed}, on {generated:,} generated cases" if generated else str(passed)
+def cell(numbers):
+    """How many tests passed, and how many cases they generated, by the cases of each."""
+    cases = sum(numbers)
+    return f"{len(numbers)}, on {cases:,} generated cases" if cases else str(len(numbers) or "none")
 
 
-def table(folder):
-    totals = {}
-    for path in sorted(folder.glob("*.xml")):
-        backend = path.stem.rpartition("-")[2]
-        if backend in BACKENDS:
-            passed, generated = counted(path)
-            known = totals.setdefault(backend, (collections.Counter(), collections.Counter()))
-            known[0].update(passed)
-            known[1].update(generated)
-    shown = [backend for backend in BACKENDS if backend in totals]
+def table(paths):
+    tests = {}  # of each backend; what several runs have in common counts once, with the most cases
+    for path in paths:
+        known = tests.setdefault(path.stem.rpartition("-")[2], {})
+        for test, file, cases in passed_tests(path):
+            known[test] = max(known.get(test, (file, 0)), (file, cases))
+    shown = [backend for backend in BACKENDS if backend in tests]
     files = {file for some in PROMISES.values() for file in some}
-    unknown = {file for passed, _ in totals.values() for file in passed} - files
+    unknown = {file for known in tests.values() for file, _ in known.values()} - files
     if unknown:
         raise SystemExit(f"{', '.join(sorted(unknown))}: say in PROMISES what these tests show")
     lines = [
         "| promise | tests | " + " | ".join(BACKENDS[backend] for backend in shown) + " |",
         "|---|---|" + "--:|" * len(shown),
     ]
-    for promise, some in PROMISES.items():
-        links = ", ".join(
+    for promise, some in {**PROMISES, "all": sorted(files)}.items():
+        links = [
             "code blocks" if one == "documents" else f"[{one}]({SOURCES}/{one}.py)" for one in some
+        ]
+        cells = [cell([n for file, n in tests[b].values() if file in some]) for b in shown]
+        lines.append(
+            f"| {promise} | {', '.join(links) * (promise != 'all')} | {' | '.join(cells)} |"
         )
-        cells = [cell(*(sum(one[file] for file in some) for one in totals[b])) for b in shown]
-        lines.append(f"| {promise} | {links} | {' | '.join(cells)} |")
-    sums = [cell(*(one.total() for one in totals[backend])) for backend in shown]
-    lines.append(f"| all | | {' | '.join(sums)} |")
     return "\n".join(lines)
 
 
@@ -107,9 +98,13 @@ def main(options):
     start, end = "<!-- promises -->\n", "\n<!-- /promises -->"
     before, rest = PAGE.read_text(encoding="utf-8").split(start)
     after = rest.split(end)[1]
-    runs = sorted({path.stem.rpartition("-")[0] for path in options.results.glob("*.xml")})
-    day = dt.datetime.now(tz=dt.UTC).date()
-    text = f"{table(options.results)}\n\nTests passed in {', '.join(runs)}, written on {day}."
+    paths = [
+        p for p in sorted(options.results.glob("*.xml")) if p.stem.rpartition("-")[2] in BACKENDS
+    ]
+    runs = sorted({path.stem.rpartition("-")[0] for path in paths})
+    days = sorted(ET.parse(path).find("testsuite").get("timestamp")[:10] for path in paths)
+    when = f"Tests that passed in {', '.join(runs)}, run from {days[0]} to {days[-1]}."
+    text = f"{table(paths)}\n\n{when}"
     PAGE.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
 
 

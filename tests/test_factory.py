@@ -387,10 +387,11 @@ def test_captured_symbolic_tensor():
             return mse(y_true, y_pred) + sum(ops.square(z_mean) for _ in range(2))
 
 
-@pytest.mark.parametrize("how", ["decorator", "list", "attribute", "method", "partial"])
+@pytest.mark.parametrize("how", ["decorator", "list", "dict", "attribute", "method", "partial"])
 def test_captured_variable_in_other_places(how):
     variable = keras.Variable(1.0)
     variables = [variable]
+    named = {"temperature": variable}
 
     class Cooled:
         temperature = None
@@ -404,11 +405,15 @@ def test_captured_variable_in_other_places(how):
     def listed(y_true, y_pred):
         return mse(y_true, y_pred) / variables[0]
 
+    def by_name(y_true, y_pred):
+        return mse(y_true, y_pred) / named["temperature"]
+
     cooled = Cooled()
     cooled.temperature = variable
     function = {
         "decorator": losses.times(variable)(mse),
         "list": listed,
+        "dict": by_name,
         "attribute": cooled,
         "method": cooled.method,
         "partial": functools.partial(losses.scaled.__wrapped__, scale=variable),

@@ -229,5 +229,25 @@ def test_exception_in_the_first_step_of_an_attached_model(data, how, eager, brok
     shift.assign(5.0)
     expected = [value + 4 for value in fitted(compiled(fragile(shift=1.0)), data)]
     assert fitted(model, data) == pytest.approx(expected, rel=1e-5)
+    del model, loss, shift
+    keras.backend.clear_session()
     gc.collect()
     assert not _carried._by_id
+    if BACKEND != "tensorflow":  # whose graphs keep tensors and what these carry
+        assert not [one for one in gc.get_objects() if isinstance(one, _carried.Step)]
+
+
+@pytest.mark.parametrize("state", [None, 1, ([],)])
+def test_exception_in_a_fit_of_ones_own(data, state, broken):
+    """It is the one that arrives, whatever the loop calls its variables."""
+
+    class Own(keras.Model):
+        def call(self, x):
+            return x
+
+        def fit(self, x, y, state):
+            return loss(y, self(x))
+
+    loss = fragile(shift=1.0)
+    with pytest.raises(ZeroDivisionError):
+        Own().fit(data.y, data.y, state)

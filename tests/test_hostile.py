@@ -1,14 +1,19 @@
 """Files that name what they should not: refused with a clear error, nothing run nor imported."""
 
+import contextlib
 import copy
+import importlib
 import io
 import json
+import runpy
 import sys
 import zipfile
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+from keras.src.saving.serialization_lib import SafeModeScope, in_safe_mode
 
 import losses
 from helpers import WHILE_BUILDING, linear_model
@@ -208,21 +213,53 @@ def changed(config, place, value):
     return config
 
 
-@pytest.fixture
-def watched(tmp_path, monkeypatch):
-    """Fails if anything is imported, or the canary run."""
-    (tmp_path / "canary.py").write_text(CANARY)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.chdir(tmp_path)
+@contextlib.contextmanager
+def watching(folder):
+    """Fails if anything is imported, the canary run, or Keras configured."""
+    (folder / "canary.py").write_text(CANARY)
     before = set(sys.modules)
     yield
     assert set(sys.modules) == before
-    assert not (tmp_path / "marker").exists()
+    assert not (folder / "marker").exists()
     assert keras.config.floatx() == "float32"
+    assert in_safe_mode() is not False
+
+
+@pytest.fixture
+def in_folder_of_canary(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def watched(in_folder_of_canary):
+    with watching(in_folder_of_canary):
+        yield
+
+
+def import_canary():
+    importlib.import_module("canary")
+    (Path.cwd() / "marker").unlink()
+
+
+def run_canary():
+    runpy.run_path("canary.py")
+
+
+def make_keras_unsafe():
+    keras.config.enable_unsafe_deserialization()
+
+
+@pytest.mark.parametrize("act", [import_canary, run_canary, make_keras_unsafe])
+def test_what_is_watched_is_seen(in_folder_of_canary, act):
+    with SafeModeScope(), pytest.raises(AssertionError), watching(in_folder_of_canary):
+        act()
+    sys.modules.pop("canary", None)
 
 
 def check(error):
-    """The error is one of lossargs, or one of Keras that says what it is about."""
+    """The error is one of lossargs, and says what it is about."""
     assert isinstance(error, LossArgsError), repr(error)
     assert any(text in str(error) for text in ("cannot be read", "does not know", "not fit"))
 

@@ -52,6 +52,30 @@ def test_private_names_of_keras_live_in_one_module():
     assert users == {"_keras.py"}
 
 
+def private_attributes(*, of_others):
+    """Those that the package uses, of objects other than `self` and `cls`; or those it makes."""
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not of_others:
+                yield path.name, node.name
+            if isinstance(node, ast.AnnAssign) and not of_others:
+                yield path.name, getattr(node.target, "id", "")
+            if isinstance(node, ast.Attribute):
+                is_own = getattr(node.value, "id", "") in ("self", "cls")
+                if of_others != is_own:
+                    yield path.name, node.attr
+
+
+def test_private_attributes_of_others_are_used_in_one_module():
+    own = {name for _, name in private_attributes(of_others=False)}
+    others = {
+        (file, name)
+        for file, name in private_attributes(of_others=True)
+        if name.startswith("_") and not name.endswith("__") and name not in own
+    }
+    assert {file for file, _ in others} == {"_keras.py"}, others
+
+
 def test_one_module_names_backends():
     users = set()
     for path in PACKAGE.glob("*.py"):

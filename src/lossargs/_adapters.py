@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from lossargs._errors import ArgumentError, AttachError
+from lossargs._keras import is_autocast
 from lossargs._values import checked, decode, encode, live_types, load_object, reading, show
 
 
@@ -165,7 +166,7 @@ class VariableAdapter(Adapter):
                 "dtype": variable.dtype,
                 "trainable": variable.trainable,
                 "name": variable.name,
-                "autocast": variable._autocast,
+                "autocast": is_autocast(variable),
                 "aggregation": variable.aggregation,
             },
             "constraint": keras.constraints.serialize(variable.constraint),

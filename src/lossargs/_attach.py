@@ -227,8 +227,8 @@ def _kept_behind(output: keras.KerasTensor) -> dict[str, Adapter]:
     layer, given = origin(output)
     if not isinstance(layer, LossArgs):
         return {}
-    reading = [adapter for adapter in layer.adapters if adapter.reads_tensor]
-    for adapter, tensor in zip(reading, given[1:], strict=False):
+    readers = [adapter for adapter in layer.adapters if adapter.reads_tensor]
+    for adapter, tensor in zip(readers, given[1:], strict=False):
         adapter.tensor = tensor
     return layer.by_id
 

@@ -26,7 +26,8 @@ def is_installed(backend: str) -> bool:
 
 def version(backend: str) -> str:
     """The version of an installed backend; TensorFlow comes under several names."""
-    return importlib.metadata.version(importlib.metadata.packages_distributions()[backend][0])
+    names = importlib.metadata.packages_distributions().get(backend)
+    return importlib.metadata.version(names[0]) if names else "unknown version"
 
 
 def choice() -> tuple[str, str]:

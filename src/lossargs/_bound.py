@@ -242,7 +242,7 @@ class BoundLoss(keras.losses.Loss):
             return evaluation(y_true, y_pred, sample_weight)
         except Exception as error:
             if not isinstance(error, LossArgsError):  # these name the argument themselves
-                error.add_note(_called(self._function.name, y_true, y_pred, args))
+                error.add_note(_called(self._function.name, y_true, y_pred, args, batch))
             raise
 
     def _evaluated_eagerly(self, evaluation: FunctionLoss, y_true: Any, y_pred: Any) -> Any:
@@ -533,7 +533,9 @@ def _is_one_number(values: Any, sample_weight: Any) -> bool:
     return all(size == 1 for size in shape) and any(size not in (1, None) for size in weights)
 
 
-def _called(name: str, y_true: Any, y_pred: Any, given: Mapping[str, Any]) -> str:
+def _called(
+    name: str, y_true: Any, y_pred: Any, given: Mapping[str, Any], batch: Collection[str]
+) -> str:
     """What a function was called with, for whoever reads its exception."""
     samples = _shape(y_pred)[:1]
     parts = []
@@ -541,8 +543,10 @@ def _called(name: str, y_true: Any, y_pred: Any, given: Mapping[str, Any]) -> st
         if keras.ops.is_tensor(value) or isinstance(value, np.ndarray):
             dtype = getattr(value.dtype, "name", str(value.dtype).removeprefix("torch."))
             part = f"{argument}: {dtype} {_shape(value)}"
-            if _shape(value)[:1] not in ((), samples):
-                part += f", where y_pred has {samples[0] if samples else 'none'} first"
+            size = _shape(value)[:1]
+            is_known = None not in (*size, *samples)
+            if argument in batch and size and samples and is_known and size != samples:
+                part += f", which are {size[0]} for the {samples[0]} of y_pred"
         else:
             part = f"{argument}: {type(value).__name__}"
         parts.append(part)

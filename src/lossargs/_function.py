@@ -146,8 +146,9 @@ class LossFunction:
     def refuse_live_captures(self) -> None:
         """Raise for a variable or symbolic tensor that the function reads from around itself."""
         for name, value in self._captured():
-            leaves = value if isinstance(value, (list, tuple)) else [value]
-            for leaf in leaves:
+            inside = value.values() if isinstance(value, dict) else value
+            leaves = inside if isinstance(value, (dict, list, tuple)) else [value]
+            for leaf in list(leaves):
                 if isinstance(leaf, (keras.Variable, keras.KerasTensor)):
                     is_variable = isinstance(leaf, keras.Variable)
                     kind = "a keras.Variable" if is_variable else "a symbolic tensor"

@@ -46,6 +46,7 @@ __all__ = [
     "LayerOfOthers",
     "Sandbox",
     "above",
+    "allow_any_arguments",
     "calls_above",
     "compute_output_spec",
     "flat_layers",
@@ -56,6 +57,7 @@ __all__ = [
     "in_sharing_scope",
     "in_symbolic_scope",
     "in_training_step",
+    "is_autocast",
     "keeps_constructor",
     "metric_names",
     "model_in_use",
@@ -119,6 +121,16 @@ class LayerOfOthers(keras.Layer):
             super()._clear_losses()
 
 
+def allow_any_arguments(layer: keras.Layer) -> None:
+    """Let a layer be called with what is no tensor, a list of them say, without Keras's refusal."""
+    layer._allow_non_tensor_positional_args = True
+
+
+def is_autocast(variable: keras.Variable) -> bool:
+    """Whether a variable is read in the precision of the layer that reads it."""
+    return bool(variable._autocast)
+
+
 def in_sharing_scope() -> bool:
     """Whether objects are written to a config by which one object, met twice, loads as one."""
     return get_global_attribute("shared_objects/id_to_config_map") is not None
@@ -172,7 +184,8 @@ def give_variables_back() -> None:
     Keras itself returns them at the end; an exception in the first step would lose them.
     """
     frame = _frame_of_model("fit", "evaluate") if keras.backend.backend() == "jax" else None
-    if frame is None or "state" not in frame.f_locals:
+    is_of_keras = frame is not None and frame.f_globals["__name__"].startswith("keras.src.backend.")
+    if frame is None or not is_of_keras or "state" not in frame.f_locals:
         return
     model = frame.f_locals["self"]
     trained = [model.optimizer.variables] if frame.f_code.co_name == "fit" else []

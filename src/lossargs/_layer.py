@@ -14,6 +14,7 @@ from lossargs._carried import Step, carry
 from lossargs._errors import AttachError, SavingError, listed, nearest
 from lossargs._keras import (
     AutocastScope,
+    allow_any_arguments,
     flat_layers,
     in_symbolic_scope,
     in_training_step,
@@ -137,7 +138,7 @@ class LossArgs(keras.Layer):
         # No mixed policy, and nothing is cast: what goes through this layer stays as it is.
         super().__init__(**{**kwargs, "dtype": keras.config.floatx(), "autocast": False})
         self.supports_masking = True
-        self._allow_non_tensor_positional_args = True
+        allow_any_arguments(self)
         self.built = True
         track = tuple(track)
         for one in (loss, *track):
