@@ -531,7 +531,7 @@ def used_names(source):
             if node.attr.startswith("_"):
                 yield node.attr
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            taken = {*own, "__init__"}
+            taken = {*own, "__init__", "__name__"}
             if node.value.startswith("_") and node.value not in taken and id(node) not in formatted:
                 yield node.value
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in asking:
