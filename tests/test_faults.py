@@ -237,6 +237,19 @@ def test_exception_in_the_first_step_of_an_attached_model(data, how, eager, brok
         assert not [one for one in gc.get_objects() if isinstance(one, _carried.Step)]
 
 
+def test_exception_in_a_callback(data):
+    """After an epoch the model has its variables, and keeps them."""
+    model, other = (compiled(losses.shifted(1.0)) for _ in range(2))
+    fail = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: losses.shifted()(data.y, data.y)
+    )
+    with pytest.raises(ArgumentError, match="needs a value for 'shift'"):
+        model.fit(data.x, data.y, shuffle=False, verbose=0, callbacks=[fail])
+    other.fit(data.x, data.y, shuffle=False, verbose=0)
+    for one, two in zip(model.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-6)
+
+
 @pytest.mark.parametrize("state", [None, 1, ([],)])
 def test_exception_in_a_fit_of_ones_own(data, state, broken):
     """It is the one that arrives, whatever the loop calls its variables."""

@@ -183,9 +183,8 @@ def give_variables_back() -> None:
 
     Keras itself returns them at the end; an exception in the first step would lose them.
     """
-    frame = _frame_of_model("fit", "evaluate") if keras.backend.backend() == "jax" else None
-    is_of_keras = frame is not None and frame.f_globals["__name__"].startswith("keras.src.backend.")
-    if frame is None or not is_of_keras or "state" not in frame.f_locals:
+    frame = _frame_of_model("fit", "evaluate")
+    if frame is None or frame.f_globals.get("__name__") != "keras.src.backend.jax.trainer":
         return
     model = frame.f_locals["self"]
     trained = [model.optimizer.variables] if frame.f_code.co_name == "fit" else []
@@ -195,7 +194,7 @@ def give_variables_back() -> None:
         *trained,
         model.metrics_variables,
     ]
-    for variables, values in zip(taken, frame.f_locals["state"], strict=False):
+    for variables, values in zip(taken, frame.f_locals.get("state", ()), strict=False):
         for variable, value in zip(variables, values, strict=False):
             if variable._value is None:
                 variable._value = value
