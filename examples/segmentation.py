@@ -44,15 +44,7 @@ from keras import layers  # noqa: E402
 
 from lossargs import with_args  # noqa: E402
 
-HEIGHT, WIDTH, INK, W0, SIGMA, BATCH, RECALL = (
-    32,
-    64,
-    0.4,
-    30,
-    1.5,
-    20,
-    0.9,
-)  # INK: darker is a digit
+HEIGHT, WIDTH, INK, W0, SIGMA, BATCH, RECALL = 32, 64, 0.4, 30, 1.5, 20, 0.9  # above INK: digit
 
 
 @with_args
