@@ -55,8 +55,9 @@ assert pathlib.Path(sys.prefix) in pathlib.Path(lossargs.__file__).parents
 print("trains with", lossargs.__file__, losses)
 """
 QUICK = "not distributed and not nightly"
-# Tests take one core each, and some gigabytes at most.
-PARALLEL = ["--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal"]
+# A core and some gigabytes for each process. Those of one file together: the code blocks of a page
+# build on each other, and the tests of a module share what is slow to make.
+PARALLEL = ["--numprocesses=auto", "--maxprocesses=4", "--dist=loadscope"]
 
 each_backend = nox.parametrize(
     "backend", [nox.param(b, id=b, tags=[b]) for b in (*TRAINING_BACKENDS, "numpy")]
