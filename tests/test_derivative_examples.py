@@ -35,11 +35,19 @@ def test_heat_equation(tmp_path):
 
 def test_wgan_gp(tmp_path):
     pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
     record, result = finished("wgan_gp", 2, tmp_path)
     assert set(record["history"]) == {"loss", "distance", "penalty"}
-    assert len(record["shares"]) == 8
-    learned = sum(record["shares"]) > 0.8 and min(record["shares"]) > 0.05
+    assert len(record["shares"]) == 10
+    assert sum(record["shares"]) == pytest.approx(1)
+    training, normal, generated = map(record["distances"].get, ("training", "normal", "generated"))
+    names = "fidelity", "coverage"
+    # The normal distribution blurs: a check that it passed would say nothing.
+    assert all(normal[name] > 1.3 * training[name] for name in names)
+    limits = {name: (training[name] + 2 * normal[name]) / 3 for name in names}
+    close = all(generated[name] < limits[name] for name in names)
+    learned = close and min(record["shares"]) >= 0.03
     assert (result.returncode == 0) == learned
     assert ("it did not learn" in result.stderr) != learned
     first = {name: values[0] for name, values in record["history"].items()}
-    assert first["loss"] == pytest.approx(0.1 * first["penalty"] - first["distance"], rel=1e-3)
+    assert first["loss"] == pytest.approx(first["penalty"] - first["distance"], rel=1e-3)
