@@ -27,6 +27,8 @@ pytestmark = [
     pytest.mark.properties,
     # Values beyond what the dtype of the loss has become infinite, which NumPy says.
     pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning"),
+    # So it says of a NaN that signals.
+    pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning"),
 ]
 
 CASES: collections.Counter[str] = collections.Counter()  # generated for the test that runs
