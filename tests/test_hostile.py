@@ -424,6 +424,19 @@ def several_outputs():
     return config
 
 
+def test_good_model_of_named_inputs_and_several_outputs():
+    x = {name: keras.Input((3,), name=name) for name in ("p", "q")}
+    model = keras.Model(x, [keras.layers.Dense(2, name=f"{name}_out")(x[name]) for name in "pq"])
+    model = attach(model, [losses.shifted(keras.Variable(1.0, name="live")), losses.shifted(2)])
+    config = keras.saving.serialize_keras_object(model)
+    assert config["class_name"] == "AttachedModel"
+    loaded = keras.saving.deserialize_keras_object(json.loads(json.dumps(config)))
+    loaded.set_weights(model.get_weights())
+    given = {"p": np.ones((2, 3)), "q": np.zeros((2, 3))}
+    for one, two in zip(loaded(given), model(given), strict=True):
+        np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (one, two)))
+
+
 @pytest.mark.parametrize("case", MODEL)
 def test_model_of_several_outputs(several_outputs, case, watched):
     hostile = {**several_outputs, "config": changed(several_outputs["config"], *MODEL[case])}
