@@ -125,7 +125,7 @@ def test_page(browser, home, name, size, scheme):
     page, faults = opened(browser, home, size, scheme)
     page.goto(home + name.removesuffix("index.html"), wait_until="networkidle")
     page.evaluate("document.querySelectorAll('img').forEach(i => i.loading = 'eager')")
-    page.wait_for_load_state("networkidle")
+    page.wait_for_function("[...document.images].every(i => i.complete)")
     parts = page.evaluate(PARTS)
     contrast, where = page.evaluate(CONTRAST)
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
