@@ -103,7 +103,8 @@ def main(options):
     ]
     runs = sorted({path.stem.rpartition("-")[0] for path in paths})
     days = sorted(ET.parse(path).find("testsuite").get("timestamp")[:10] for path in paths)
-    when = f"Tests that passed in {', '.join(runs)}, run from {days[0]} to {days[-1]}."
+    day = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
+    when = f"Tests that passed, of the runs {', '.join(runs)}, {day}."
     text = f"{table(paths)}\n\n{when}"
     PAGE.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
 
