@@ -74,8 +74,6 @@ class Watch:
 
 def names_on_stack(*wanted):
     """The `self` of the innermost calls of functions of these names."""
-    import sys
-
     frame, found = sys._getframe(), {}
     while frame is not None:
         if frame.f_code.co_name in wanted:

@@ -188,9 +188,8 @@ def same(one, other):
     if isinstance(one, (np.str_, np.bytes_)):
         return one[:] == other[:]
     if isinstance(one, (np.ndarray, np.generic)):
-        one, other = (
-            np.asarray(a).astype(np.asarray(a).dtype.newbyteorder("=")) for a in (one, other)
-        )
+        one, other = np.asarray(one), np.asarray(other)
+        one, other = (array.astype(array.dtype.newbyteorder("=")) for array in (one, other))
         alike = (one.dtype, one.shape) == (other.dtype, other.shape)
         return alike and one.tobytes() == other.tobytes()
     if isinstance(one, dict):

@@ -148,7 +148,7 @@ class LossFunction:
         for name, value in self._captured():
             inside = value.values() if isinstance(value, dict) else value
             leaves = inside if isinstance(value, (dict, list, tuple)) else [value]
-            for leaf in list(leaves):
+            for leaf in leaves:
                 if isinstance(leaf, (keras.Variable, keras.KerasTensor)):
                     is_variable = isinstance(leaf, keras.Variable)
                     kind = "a keras.Variable" if is_variable else "a symbolic tensor"
