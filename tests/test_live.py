@@ -566,6 +566,22 @@ def test_subclassed_model(data):
     np.testing.assert_allclose(model.predict(data.x, verbose=0), y_pred, atol=1e-6)
 
 
+def test_default_in_a_model_beside_one_that_gives_the_argument(data):
+    class Scaling(AutoEncoder):
+        def call(self, x):
+            y_pred = self.decoder(self.encoder(x))
+            return self.loss_args(y_pred, scale=ops.full((ops.shape(x)[0],), 3.0))
+
+    loss = losses.scaled()
+    gives, leaves_out = Scaling(loss), linear_model()
+    for model in (gives, leaves_out):
+        model.compile("sgd", loss=loss)
+    for model, scale in ((gives, 3), (leaves_out, 1), (gives, 3)):
+        error = np.mean((data.y - model.predict(data.x, verbose=0)) ** 2)
+        loss_logged = model.evaluate(data.x, data.y, verbose=0)
+        assert loss_logged == pytest.approx(scale * error, rel=1e-5)
+
+
 def test_own_train_step(data):
     class Doubling(AutoEncoder):
         def train_step(self, *args):
