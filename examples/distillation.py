@@ -107,7 +107,7 @@ def draw(histories, teacher_accuracy: float, digit, logits, path: Path) -> None:
         label = f"temperature {temperature}"
         view.bar(np.arange(10) + shift, weights / weights.sum(), 0.4, color=color, label=label)
     view.set(title="what the teacher makes of this digit", xticks=range(10))
-    view.set(ylim=(0, 1.5), yticks=[0, 0.5, 1])
+    view.set(ylim=(0, 0.8))
     view.legend(frameon=False, loc="upper left")
     view.inset_axes([0.75, 0.66, 0.24, 0.33]).imshow(digit.reshape(28, 28), cmap="gray_r")
     view.child_axes[0].set(xticks=[], yticks=[])
@@ -139,7 +139,7 @@ def main(options: argparse.Namespace) -> None:
         record |= {"accuracies": accuracies, "histories": histories}
         options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if options.plot:
-        unsure = logits.max(axis=1).argmin()
+        unsure = (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).max(1).argmin()
         draw(histories, accuracies["teacher"], few[0][unsure], logits[unsure], options.plot)
     if not 1 - accuracies["distilled"] < 0.75 * (1 - accuracies["labels alone"]):
         sys.exit("distillation.py: error: the teacher did not spare a quarter of the errors")

@@ -12,7 +12,7 @@ threshold keeps digits apart too, but loses ink: each gets the one that finds 90
     python segmentation.py
     python segmentation.py --backend torch --epochs 12 --json run.json --plot run.png
 
-The picture shows images, maps, and what was found: red where a gap was filled.
+The picture shows the images with most gaps filled, in red, and what the map makes of them.
 It needs lossargs, a backend of Keras, mlxtend (with SciPy), and matplotlib (for --plot).
 """
 
@@ -106,9 +106,9 @@ def scores(found: np.ndarray, owners: np.ndarray, maps: np.ndarray) -> dict[str,
 def draw(images, owners, maps, found, path: Path) -> None:
     from matplotlib.figure import Figure  # without pyplot it needs no screen
 
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    figure = Figure(figsize=(13, 5), layout="constrained")
     panels, gap = figure.subplots(3, 4), (owners == 0) & (maps > 3)
-    for row, k in enumerate(np.argsort(-np.sum(gap, axis=(1, 2)))[:3]):  # those with most gaps
+    for row, k in enumerate(np.argsort(-(gap & found["without the map"]).sum((1, 2)))[:3]):
         columns = {"image": images[k, ..., 0], "weight map": maps[k]}
         for name, masks in found.items():
             columns[name] = np.where(masks[k][..., None], 0.15, [1.0, 1.0, 1.0])

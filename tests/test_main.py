@@ -14,6 +14,8 @@ import pytest
 import lossargs
 from helpers import BACKEND
 from lossargs._backends import choice, is_installed, version
+from lossargs._errors import DOCUMENTATION
+from test_site import is_message, sections
 
 SOURCE = Path(lossargs.__file__).parents[1]
 PACKAGES = ("tensorflow", "jax", "torch")
@@ -113,6 +115,7 @@ def test_no_backend(run, backend):
         f"Keras is to run on '{backend}' (KERAS_BACKEND), and '{package}' is not installed. "
         f"Backends installed: nothing. Install it: `python -m pip install {package}`.\n"
     )
+    assert is_message(sections()["ModuleNotFoundError"][0], done.stderr)
 
 
 def test_a_missing_backend_while_another_is_installed(run):
@@ -142,13 +145,15 @@ def test_a_backend_that_keras_does_not_have(run):
         "Keras has no backend 'pytorch' (KERAS_BACKEND). Did you mean 'torch'? "
         "Backends installed: nothing. Install one: `python -m pip install jax`.\n"
     )
+    assert is_message(sections()["ModuleNotFoundError"][1], done.stderr)
 
 
 def test_import_without_a_backend(run):
     done = run("-c", "import lossargs", backend="torch", hidden=PACKAGES)
     assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("ModuleNotFoundError: Keras is to run on 'torch' (KERAS_BACKEND), and")
+    *_, text, note = done.stderr.splitlines()
+    assert text.startswith("ModuleNotFoundError: Keras is to run on 'torch' (KERAS_BACKEND), and")
+    assert note == f"More: {DOCUMENTATION}errors/#modulenotfounderror"
     code = "try: import lossargs\nexcept ModuleNotFoundError as error: print(error.name)"
     assert run("-c", code, backend="torch", hidden=PACKAGES).stdout == "torch\n"
 

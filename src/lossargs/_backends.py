@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from lossargs._errors import listed, nearest
+from lossargs._errors import DOCUMENTATION, listed, nearest
 
 TRAINING = ("tensorflow", "jax", "torch")
 KNOWN = (*TRAINING, "numpy", "openvino")
@@ -73,4 +73,6 @@ def explain(error: Exception) -> None:
     message = f"{cause} Backends installed: {listed(found)}. {remedy[0].upper()}{remedy[1:]}."
     if sys.argv[0] == "-m" and sys.orig_argv[-len(sys.argv)] in ("lossargs", "-mlossargs"):
         sys.exit(message)
-    raise ModuleNotFoundError(message, name=missing) from error
+    no_backend = ModuleNotFoundError(message, name=missing)
+    no_backend.add_note(f"More: {DOCUMENTATION}errors/#modulenotfounderror")
+    raise no_backend from error
