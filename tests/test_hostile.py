@@ -1,12 +1,16 @@
 """Files that name what they should not: refused with a clear error, nothing run nor imported."""
 
+import base64
 import contextlib
 import copy
 import importlib
 import io
 import json
+import marshal
+import re
 import runpy
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -44,6 +48,9 @@ def nested(depth):
     return value
 
 
+# Code that would run, as Keras writes it into a file.
+CODE = base64.b64encode(marshal.dumps((lambda: Path("marker").touch()).__code__)).decode()
+LAMBDA = {"value": [CODE, None, None]}
 OBJECTS = {
     "os.system": function("system", "os"),
     "eval": function("eval", "builtins"),
@@ -54,11 +61,11 @@ OBJECTS = {
     "get_file": function("get_file", "keras.utils"),
     "set_floatx": function("set_floatx", "keras.config"),
     "deserialize": function("deserialize", "builtins"),
-    "lambda": {"class_name": "__lambda__", "config": {"value": ["4wAAAA==", None, None]}},
+    "lambda": {"class_name": "__lambda__", "config": LAMBDA},
     "registered lambda": {
         "class_name": "__lambda__",
         "registered_name": "lossargs>BoundLoss",
-        "config": {"value": ["4wAAAA==", None, None]},
+        "config": LAMBDA,
     },
     "object array": {"class_name": "__numpy__", "config": {"value": [None], "dtype": "object"}},
     "private name": of_class("LossFunction", "lossargs._function", fn="bark"),
@@ -251,7 +258,11 @@ def make_keras_unsafe():
     keras.config.enable_unsafe_deserialization()
 
 
-@pytest.mark.parametrize("act", [import_canary, run_canary, make_keras_unsafe])
+def run_lambda():
+    types.FunctionType(marshal.loads(base64.b64decode(CODE)), {"Path": Path})()
+
+
+@pytest.mark.parametrize("act", [import_canary, run_canary, make_keras_unsafe, run_lambda])
 def test_what_is_watched_is_seen(in_folder_of_canary, act):
     with SafeModeScope(), pytest.raises(AssertionError), watching(in_folder_of_canary):
         act()
@@ -446,7 +457,27 @@ def test_model_of_several_outputs(several_outputs, case, watched):
     check(error.value)
 
 
-@pytest.mark.parametrize("how", ["missing", "shape", "text"])
+NEWER = pytest.mark.skipif(KERAS < (3, 15), reason="older Keras does not look at that")
+# The dataset that a weights file holds in place of a live value, and what the error says of it.
+WEIGHTS = {
+    "missing": (None, "expected 1 variables, but received 0"),
+    "shape": (
+        {"data": np.zeros((3, 4))},
+        "The shape of the target variable and .* of the target value .* must match",
+    ),
+    "text": ({"data": np.array([b"os.system"])}, "could not convert string|Invalid dtype: bytes"),
+    "huge": ({"shape": (BIG,), "chunks": (1024,)}, "Not allowed: H5 dataset .* 4.00 TB"),
+    "external": (
+        {"shape": (4,), "dtype": "u1", "external": [("/etc/passwd", 0, 4)]},
+        "Not allowed: H5 file with external Dataset: .*/etc/passwd",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["missing", "shape", "text", *(pytest.param(h, marks=NEWER) for h in ("huge", "external"))],
+)
 def test_weights(good, how, tmp_path):
     import h5py
 
@@ -456,11 +487,13 @@ def test_weights(good, how, tmp_path):
         file.visit(lambda name: found.append(name) if "adapter" in name else None)
         place = next(n for n in found if isinstance(file[n], h5py.Dataset) and "variable" in n)
         del file[place]
-        if how != "missing":
-            file[place] = np.zeros((3, 4)) if how == "shape" else np.array([b"os.system"])
+        dataset, reason = WEIGHTS[how]
+        if dataset:
+            file.create_dataset(place, **dataset)
     members = {**good, "model.weights.h5": content.getvalue()}
-    with pytest.raises(ValueError, match="could not be loaded.*VariableAdapter"):
+    with pytest.raises(ValueError, match="could not be loaded.*VariableAdapter") as error:
         keras.saving.load_model(written(members, tmp_path / "weights.keras"))
+    assert re.search(reason, str(error.value)), error.value
 
 
 # What stands at a place of the config of a layer of derivatives, and what stands there instead.

@@ -237,6 +237,7 @@ def test_steps():
     "fit",
     "evaluate",
     "_value",
+    "backend.jax.trainer",
     used="to give a model on JAX its variables back after an exception, from the local `state`",
     look="keras/src/backend/jax/trainer.py",
 )
@@ -257,6 +258,7 @@ def test_taken_variables():
         assert shapes == [[variable.shape for variable in variables] for variables in taken]
         assert all(variable._value is None for variables in taken for variable in variables)
         assert frame.f_locals["self"] is model
+        assert frame.f_globals["__name__"] == "keras.src.backend.jax.trainer"
         seen.append(frame.f_code.co_name)
 
     class Looking(keras.layers.Layer):
@@ -530,6 +532,8 @@ def used_names(source):
                 yield node.attr
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             taken = {*own, "__init__", "__name__"}
+            if node.value.startswith("keras.src."):
+                yield node.value.removeprefix("keras.src.")
             if node.value.startswith("_") and node.value not in taken and id(node) not in formatted:
                 yield node.value
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in asking:
@@ -546,6 +550,9 @@ def test_every_name_has_a_test():
 
 def test_new_names_are_found():
     found = set(
-        used_names("from keras.src.a import b\nx._private\ngetattr(x, '_text')\n_frames('method')")
+        used_names(
+            "from keras.src.a import b\nx._private\ngetattr(x, '_text')\n_frames('method')\n"
+            "x == 'keras.src.c'"
+        )
     )
-    assert found == {"a.b", "_private", "_text", "method"}
+    assert found == {"a.b", "_private", "_text", "method", "c"}

@@ -230,7 +230,7 @@ def _kept_behind(output: keras.KerasTensor) -> dict[str, Adapter]:
     readers = [adapter for adapter in layer.adapters if adapter.reads_tensor]
     for adapter, tensor in zip(readers, given[1:], strict=False):
         adapter.tensor = tensor
-    return layer.by_id
+    return layer.adapters_by_id()
 
 
 def _attach_tensors(outputs: Any, loss: Any, track: Any) -> tuple[Any, list[LossArgs]]:
@@ -341,7 +341,7 @@ def _functional(model: Any, inputs: Any, outputs: Any) -> Any:
 def _attach_sequential(model: Any, loss: Any, track: Any) -> Any:
     check_is_bound(loss)
     old = [one for one in model.layers if isinstance(one, LossArgs)]
-    kept = old[-1].by_id if old else {}
+    kept = old[-1].adapters_by_id() if old else {}
     layer = LossArgs(loss, track=[track] if isinstance(track, BoundLoss) else track, kept=kept)
     if not layer.tensors:
         layers = [one for one in model.layers if not isinstance(one, LossArgs)]

@@ -195,8 +195,8 @@ class LossArgs(keras.Layer):
         """The losses that are evaluated for the logs only."""
         return tuple(loss for loss, _ in self._plan.tracked)
 
-    @property
-    def by_id(self) -> dict[str, Adapter]:
+    # No property: Keras looks for weights in all of these, and would not find an adapter here.
+    def adapters_by_id(self) -> dict[str, Adapter]:
         """The adapters by what stands for their values in saved losses."""
         return {
             loss.saved_leaf(leaf).id: entry.adapter
@@ -406,7 +406,7 @@ class LossArgs(keras.Layer):
             "loss": self.loss,
             "track": list(self.track),
             "adapters": list(self.adapters),
-            "live": {live: self.adapters.index(a) for live, a in self.by_id.items()},
+            "live": {live: self.adapters.index(a) for live, a in self.adapters_by_id().items()},
         }
 
     @classmethod

@@ -108,7 +108,7 @@ def take(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, np.generic):
         _refuse_dtype(value.dtype, where)
         return value
-    if depth > _DEEPEST:
+    if depth > _DEEPEST and isinstance(value, (dict, list, tuple)):
         raise ArgumentError(
             f"{where} has more than {_DEEPEST} lists, tuples and dicts in one another, or one that "
             "contains itself, and could not be saved. Give a flatter value."
