@@ -16,7 +16,7 @@ import keras
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from helpers import BACKEND
@@ -400,6 +400,8 @@ def bound(value):
 
 
 @given(values)
+@example(nested((np.bytes_(b"text"), DEEPEST)))
+@example(nested((np.array([b"text"]), DEEPEST)))
 def test_values_come_back_from_config_and_pickle(value):
     loss = bound(value)
     assume(loss is not None)

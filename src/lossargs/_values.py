@@ -462,7 +462,7 @@ def decode(config: Any, depth: int = 0) -> Any:
     if type(config) in (*_PLAIN, float):
         return config
     with reading("A saved value"):
-        if depth > _DEEPEST + 1:  # in the deepest container stands one value more
+        if depth > _DEEPEST + 2:  # in the deepest stands a value, in text of NumPy bytes
             raise ValueError(f"it is nested more than {_DEEPEST} deep")
         depth += 1
         if isinstance(config, list):
