@@ -402,6 +402,7 @@ def bound(value):
 @given(values)
 @example(nested((np.bytes_(b"text"), DEEPEST)))
 @example(nested((np.array([b"text"]), DEEPEST)))
+@example({float("nan"): 1, float("nan"): 2})
 def test_values_come_back_from_config_and_pickle(value):
     loss = bound(value)
     assume(loss is not None)

@@ -459,7 +459,9 @@ def decode(config: Any, depth: int = 0) -> Any:
     Raises:
         SavingError: This is not what `encode` writes.
     """
-    if type(config) in (*_PLAIN, float):
+    if type(config) is float:
+        return config * 1.0  # JSON's NaN is one object, and as keys of a dict two would be one
+    if type(config) in _PLAIN:
         return config
     with reading("A saved value"):
         if depth > _DEEPEST + 2:  # in the deepest stands a value, in text of NumPy bytes
