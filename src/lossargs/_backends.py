@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from lossargs._errors import DOCUMENTATION, listed, nearest
+from lossargs._errors import listed, more, nearest
 
 TRAINING = ("tensorflow", "jax", "torch")
 KNOWN = (*TRAINING, "numpy", "openvino")
@@ -74,5 +74,5 @@ def explain(error: Exception) -> None:
     if sys.argv[0] == "-m" and sys.orig_argv[-len(sys.argv)] in ("lossargs", "-mlossargs"):
         sys.exit(message)
     no_backend = ModuleNotFoundError(message, name=missing)
-    no_backend.add_note(f"More: {DOCUMENTATION}errors/#modulenotfounderror")
+    no_backend.add_note(more(ModuleNotFoundError))
     raise no_backend from error

@@ -6,6 +6,11 @@ from collections.abc import Iterable
 DOCUMENTATION = "https://lossargs.github.io/lossargs/"
 
 
+def more(error: type[Exception]) -> str:
+    """The note that leads to the section about an error."""
+    return f"More: {DOCUMENTATION}errors/#{error.__name__.lower()}"
+
+
 class LossArgsError(Exception):
     """Any error that lossargs raises by itself; catch this to catch them all."""
 
@@ -13,7 +18,7 @@ class LossArgsError(Exception):
         super().__init__(*args)
         documented = next(cls for cls in type(self).__mro__ if cls.__module__ == __name__)
         # Beside the text, which Keras and other errors of lossargs quote in the midst of theirs.
-        self.add_note(f"More: {DOCUMENTATION}errors/#{documented.__name__.lower()}")
+        self.add_note(more(documented))
 
 
 class SignatureError(LossArgsError, TypeError):

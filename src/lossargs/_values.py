@@ -464,7 +464,7 @@ def decode(config: Any, depth: int = 0) -> Any:
     if type(config) in _PLAIN:
         return config
     with reading("A saved value"):
-        if depth > _DEEPEST + 2:  # in the deepest stands a value, in text of NumPy bytes
+        if depth > _DEEPEST + 2:  # in the deepest container text of NumPy, and in that bytes
             raise ValueError(f"it is nested more than {_DEEPEST} deep")
         depth += 1
         if isinstance(config, list):
