@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, assert_type
 
 from lossargs import with_args
-from lossargs._bound import BoundLoss
+from lossargs._loss import BoundLoss
 from lossargs._factory import LossFactory
 
 

@@ -10,7 +10,7 @@ except (ImportError, ValueError) as error:
 else:
     del keras  # it is no name of this package
 
-from lossargs._adapters import Adapter
+from lossargs._live import Adapter
 from lossargs._attach import attach, detach, live_args
 from lossargs._derivatives import derivatives, grad
 from lossargs._errors import (

@@ -1,21 +1,24 @@
 """`attach` and `detach`: the layer of live arguments put into a model, and taken out again."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import keras
 
-from lossargs._adapters import Adapter
-from lossargs._bound import BoundLoss
 from lossargs._derivatives import undifferentiated
 from lossargs._errors import AttachError, listed, nearest
 from lossargs._keras import (
     Functional,
     above,
+    copy_own_state,
     keeps_constructor,
+    new_like,
     origin,
 )
 from lossargs._layer import LossArgs, check_is_bound, layers_of, names_of
+from lossargs._live import Adapter
+from lossargs._loss import BoundLoss
 from lossargs._values import checked, damaged, reading
 
 Target = TypeVar("Target")
@@ -31,7 +34,7 @@ class AttachedModel(keras.Model):
     @property
     def output_names(self) -> list[str]:
         """The names that `compile` and the logs know the outputs by."""
-        return [origin(_before(output))[0].name for output in self.outputs]
+        return _names(self.outputs)
 
     @output_names.setter
     def output_names(self, names: list[str]) -> None:
@@ -119,7 +122,7 @@ def attach(target: Target, loss: Any, *, track: Any = ()) -> Target:
             "self.loss_args(y_pred, z_mean=z_mean)."
         )
     else:
-        attached, layers = _attach_tensors(target, loss, track)
+        attached, layers = _attach_tensors(target, loss, track, {})
         names_of(layers)
     return cast(Target, attached)
 
@@ -150,30 +153,71 @@ def detach(model: keras.Model) -> keras.Model:
     if not layers_of(model):
         return model
     if isinstance(model, keras.Sequential):
-        return _sequential(model, [y for y in model.layers if not isinstance(y, LossArgs)])
+        layers = [layer for layer in model.layers if not isinstance(layer, LossArgs)]
+        return _remember(_sequential(model, layers), layers_of(model))
     if not isinstance(model, Functional):
         raise AttachError(
             f"detach() cannot take the layer out of {_described(model)}, whose outputs are what "
             "its `call` returns. LossArgs leaves predictions as they are: `predict` and `export` "
             "work with it."
         )
-    inputs, outputs = model.input, model.output
-    outputs = keras.tree.map_structure(lambda y: undifferentiated(_before(y)), outputs)
+    outputs = keras.tree.map_structure(lambda y: undifferentiated(_before(y)), model.output)
     used, _ = above(keras.tree.flatten(outputs))
-    if isinstance(inputs, dict):
-        inputs = {name: tensor for name, tensor in inputs.items() if id(tensor) in used}
-    elif isinstance(inputs, (list, tuple)):
-        kept = [tensor for tensor in keras.tree.flatten(inputs) if id(tensor) in used]
-        if len(kept) < len(model.inputs):
-            inputs = kept[0] if len(kept) == 1 else kept
-    detached = _functional(model, inputs, outputs)
+    dropped = _inputs_of_losses(model) - used.keys()
+    detached = _functional(model, _without(model.input, dropped), outputs)
     if layers_of(detached):
         inner = [layer.name for layer in detached.layers if layers_of(layer)]
         raise AttachError(
             f"The layers {listed(inner)} of {model.name!r} are attached models themselves. Detach "
             "them before they become layers of another model."
         )
-    return detached
+    return _remember(detached, layers_of(model))
+
+
+def _inputs_of_losses(model: Any) -> set[int]:
+    """Return the ids of the inputs that a model has for its losses."""
+    found: set[int] = set()
+    for output in keras.tree.flatten(model.output):
+        layer, given = origin(output)
+        if not isinstance(layer, LossArgs):
+            continue
+        read, _ = above(given[1:])
+        named = layer.new_inputs
+        found |= {key for key, one in read.items() if named is None or one.name in named}
+    return found
+
+
+def _without(inputs: Any, dropped: Collection[int]) -> Any:
+    """Return the inputs of a model but for some."""
+    if isinstance(inputs, dict):
+        return {name: tensor for name, tensor in inputs.items() if id(tensor) not in dropped}
+    if isinstance(inputs, (list, tuple)) and dropped:
+        kept = [tensor for tensor in keras.tree.flatten(inputs) if id(tensor) not in dropped]
+        return kept[0] if len(kept) == 1 else kept
+    return inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """The adapters of a model that was detached, for the next `attach`; Keras does not see them."""
+
+    adapters: dict[Any, Adapter]
+
+
+_KEPT = "_lossargs_kept"
+
+
+def _remember(model: Any, layers: Sequence[LossArgs]) -> Any:
+    adapters = {key: one for layer in layers for key, one in layer.adapters_by_key().items()}
+    setattr(model, _KEPT, _Kept(adapters))
+    return model
+
+
+def _kept_by(model: Any) -> dict[Any, Adapter]:
+    """Return what the losses of a model keep, now or before it was detached."""
+    kept = getattr(model, _KEPT, None)
+    now = {k: a for layer in layers_of(model) for k, a in layer.adapters_by_key().items()}
+    return {**(kept.adapters if kept else {}), **now}
 
 
 def live_args(model: keras.Model) -> dict[str, keras.Variable]:
@@ -196,7 +240,7 @@ def live_args(model: keras.Model) -> dict[str, keras.Variable]:
         True
     """
     named = names_of(layers_of(model))
-    variables = {name: entry.adapter.variable for name, entry in named}
+    variables = {name: one.adapter.variable for name, one in named}
     return {name: variable for name, variable in variables.items() if variable is not None}
 
 
@@ -206,15 +250,13 @@ def _before(output: keras.KerasTensor) -> keras.KerasTensor:
     return _before(given[0]) if isinstance(operation, LossArgs) else output
 
 
-def _attach_tensor(output: Any, loss: BoundLoss, track: Iterable[BoundLoss]) -> Any:
+def _attach_tensor(output: Any, loss: BoundLoss, track: Any, kept: dict[Any, Adapter]) -> Any:
     if not isinstance(output, keras.KerasTensor):
         raise AttachError(
             f"attach() takes a model, or the symbolic tensor that is its output, and was given "
             f"{output!r}."
         )
-    if isinstance(track, BoundLoss):
-        track = [track]
-    layer = LossArgs(loss, track=track, kept=_kept_behind(output))
+    layer = LossArgs(loss, track=_listed(track), kept={**kept, **_kept_behind(output)})
     tensors = layer.tensors
     output = _before(output)
     _, layers = above([output, *(t for t in tensors if t is not None)])
@@ -222,28 +264,34 @@ def _attach_tensor(output: Any, loss: BoundLoss, track: Iterable[BoundLoss]) -> 
     return (layer(output, tensors) if tensors else layer(output)), layer
 
 
-def _kept_behind(output: keras.KerasTensor) -> dict[str, Adapter]:
-    """What a layer keeps that is to be replaced: of a loaded model, all there is of its values."""
+def _listed(track: Any) -> Any:
+    return [track] if isinstance(track, BoundLoss) else track
+
+
+def _kept_behind(output: keras.KerasTensor) -> dict[Any, Adapter]:
+    """Return what a layer keeps that is to be replaced."""
     layer, given = origin(output)
     if not isinstance(layer, LossArgs):
         return {}
     readers = [adapter for adapter in layer.adapters if adapter.reads_tensor]
     for adapter, tensor in zip(readers, given[1:], strict=False):
         adapter.tensor = tensor
-    return layer.adapters_by_id()
+    return layer.adapters_by_key()
 
 
-def _attach_tensors(outputs: Any, loss: Any, track: Any) -> tuple[Any, list[LossArgs]]:
-    """The outputs with layers behind those that have a bound loss, and these layers."""
+def _attach_tensors(
+    outputs: Any, loss: Any, track: Any, kept: dict[Any, Adapter]
+) -> tuple[Any, list[LossArgs]]:
+    """Return the outputs with layers behind those that have a bound loss, and these layers."""
     if not isinstance(outputs, (Mapping, list, tuple)):
         check_is_bound(loss)
-        attached, layer = _attach_tensor(outputs, loss, track)
+        attached, layer = _attach_tensor(outputs, loss, track, kept)
         return attached, [layer]
     if isinstance(outputs, Mapping):
         names: Sequence[Any] = list(outputs)
         tensors = list(outputs.values())
     else:
-        names = [origin(_before(output))[0].name for output in outputs]
+        names = _names(outputs)
         tensors = list(outputs)
     losses = _by_output(loss, names, "loss", all_of_them=lambda: [loss] * len(names))
     tracks = _by_output(track, names, "track", all_of_them=lambda: [()] * len(names))
@@ -252,13 +300,18 @@ def _attach_tensors(outputs: Any, loss: Any, track: Any) -> tuple[Any, list[Loss
     layers = []
     for place, (tensor, one, tracked) in enumerate(zip(tensors, losses, tracks, strict=True)):
         if isinstance(one, BoundLoss):
-            tensors[place], layer = _attach_tensor(tensor, one, tracked or ())
+            tensors[place], layer = _attach_tensor(tensor, one, tracked or (), kept)
             layers.append(layer)
         elif tracked:
             check_is_bound(one)
     if isinstance(outputs, Mapping):
         return dict(zip(names, tensors, strict=True)), layers
     return type(outputs)(tensors), layers
+
+
+def _names(outputs: Any) -> list[str]:
+    """Return the names of the outputs in a list, as they were before losses were attached."""
+    return [origin(_before(output))[0].name for output in outputs]
 
 
 def _by_output(
@@ -287,28 +340,22 @@ def _by_output(
 
 
 def _attach_functional(model: Any, loss: Any, track: Any) -> Any:
-    inputs, outputs = model.input, model.output
-    outputs, layers = _attach_tensors(outputs, loss, track)
+    outputs, layers = _attach_tensors(model.output, loss, track, _kept_by(model))
     names_of(layers)
     known = {id(tensor) for tensor in model.inputs}
-    new = {}
-    for layer in layers:
-        for entry in layer.entries:
-            tensor = entry.adapter.tensor
-            if not isinstance(tensor, keras.KerasTensor):
-                continue
+    new: dict[int, Any] = {}
+    for one in (one for layer in layers for one in layer.live):
+        tensor = one.adapter.tensor
+        if isinstance(tensor, keras.KerasTensor):
             sources, _ = above([tensor])
-            if id(tensor) in sources:
-                new[id(tensor)] = tensor
-            foreign = [t.name for t in sources.values() if id(t) not in known and t is not tensor]
-            if foreign:
-                raise AttachError(
-                    f"{entry.label!r} of {entry.loss!r} is a tensor of another graph: it is "
-                    f"computed from the input {listed(foreign)}, which {model.name!r} does not "
-                    "have. Take the tensor that a layer gave in this model: of a model used as a "
-                    "layer, what it was called with gives z = encoder(x), and not encoder.output."
-                )
-    extra = [tensor for key, tensor in new.items() if key not in known]
+            _refuse_inputs_of_layers(one, sources, model)
+            new |= {key: source for key, source in sources.items() if key not in known}
+    extra = list(new.values())
+    before = _inputs_of_losses(model)
+    added = [tensor.name for tensor in (*extra, *(t for t in model.inputs if id(t) in before))]
+    for layer in layers:
+        layer.new_inputs = tuple(added)
+    inputs = model.input
     if extra:
         if isinstance(inputs, dict):
             inputs = {**inputs, **{tensor.name: tensor for tensor in extra}}
@@ -316,45 +363,65 @@ def _attach_functional(model: Any, loss: Any, track: Any) -> Any:
             inputs = [*inputs, *extra]
         else:
             inputs = [inputs, *extra]
-    return _functional(model, inputs, outputs)
+    attached = _functional(model, inputs, outputs)
+    if list(attached.output_names) != list(model.output_names):
+        attached.output_names = list(model.output_names)
+        for layer in layers:
+            layer.loses_output_name = True
+    return attached
+
+
+def _refuse_inputs_of_layers(one: Any, sources: dict[int, Any], model: Any) -> None:
+    """Raise if an argument is a tensor of a model that is a layer of this one, from within it."""
+    known = {id(tensor) for tensor in model.inputs}
+    for layer in model.layers:
+        for tensor in getattr(layer, "inputs", None) or ():
+            if id(tensor) in sources and id(tensor) not in known:
+                raise AttachError(
+                    f"{one.label!r} of {one.loss!r} is a tensor of another graph: it is "
+                    f"computed from the input {tensor.name!r}, which {model.name!r} does not "
+                    "have. Take the tensor that a layer gave in this model: of a model used as a "
+                    "layer, what it was called with gives z = encoder(x), and not encoder.output."
+                )
 
 
 def _functional(model: Any, inputs: Any, outputs: Any) -> Any:
-    """A model of the same class on these inputs and outputs."""
-    several = len(keras.tree.flatten(outputs)) > 1
-    cls = type(model)
-    if cls in (Functional, AttachedModel):
-        attached = any(
-            isinstance(origin(output)[0], LossArgs) for output in keras.tree.flatten(outputs)
-        )
-        cls = AttachedModel if several and attached else keras.Model
-    elif not keeps_constructor(model, Functional):
+    """Return a model of the same class, with the same state, on these inputs and outputs."""
+    if type(model) in (Functional, AttachedModel):
+        flat = keras.tree.flatten(outputs)
+        is_attached = any(isinstance(origin(output)[0], LossArgs) for output in flat)
+        new = (AttachedModel if is_attached else Functional)(inputs, outputs, name=model.name)
+    elif keeps_constructor(model, Functional):
+        new = new_like(model, Functional, inputs, outputs)
+    else:
         raise AttachError(
             f"{_described(model)} has an __init__ of its own, so that attach() and detach() cannot "
             "make another one of it. Build it with the layer in it: "
             "super().__init__(inputs, attach(y_pred, loss)); or, in a model with a `call`, "
             "self.loss_args = LossArgs(loss)."
         )
-    return cls(inputs=inputs, outputs=outputs, name=model.name)
+    copy_own_state(model, new, Functional)
+    return new
 
 
 def _attach_sequential(model: Any, loss: Any, track: Any) -> Any:
     check_is_bound(loss)
-    old = [one for one in model.layers if isinstance(one, LossArgs)]
-    kept = old[-1].adapters_by_id() if old else {}
-    layer = LossArgs(loss, track=[track] if isinstance(track, BoundLoss) else track, kept=kept)
+    kept = _kept_by(model)
+    layer = LossArgs(loss, track=_listed(track), kept=kept)
     if not layer.tensors:
         layers = [one for one in model.layers if not isinstance(one, LossArgs)]
         names_of([layer])
+        layer.note_weights_of(layers)
         return _sequential(model, [*layers, layer])
     if type(model) is not keras.Sequential or not model.built:
         raise AttachError(
             f"{loss!r} reads tensors, which makes {model.name!r} a Functional model. Make it one "
             "first, keras.Model(model.inputs, model.outputs), once it has a keras.Input."
         )
-    return _attach_functional(
-        keras.Model(model.inputs[0], model.outputs[0], name=model.name), loss, track
-    )
+    functional = Functional(model.inputs[0], model.outputs[0], name=model.name)
+    copy_own_state(model, functional, keras.Sequential)
+    setattr(functional, _KEPT, _Kept(kept))
+    return _attach_functional(functional, loss, track)
 
 
 def _sequential(model: Any, layers: list[Any]) -> Any:
@@ -363,10 +430,10 @@ def _sequential(model: Any, layers: list[Any]) -> Any:
             f"{_described(model)} has an __init__ of its own, so that attach() and detach() cannot "
             "make another one of it. Add the layer yourself: model.add(LossArgs(loss))."
         )
-    first = [model.inputs[0]] if model.built else []
-    new = type(model)(name=model.name)
-    for layer in (*first, *layers):
+    new = new_like(model, keras.Sequential)
+    for layer in (*([model.inputs[0]] if model.built else []), *layers):
         new.add(layer)
+    copy_own_state(model, new, keras.Sequential)
     return new
 
 

@@ -7,7 +7,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, Protocol, overload
 
 import keras
 
-from lossargs._bound import BoundLoss
+from lossargs._loss import BoundLoss
 from lossargs._errors import SignatureError
 from lossargs._function import LossFunction, inspected
 

@@ -3,10 +3,13 @@
 If a Keras release moves one of these names, this is the file to mend, and the only one.
 """
 
+import dataclasses
+import functools
 import inspect
 import sys
-from collections.abc import Iterable, Iterator
-from types import FrameType
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from types import CodeType, FrameType
 from typing import Any
 
 import keras
@@ -21,6 +24,9 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 # Before the first step Keras builds the loss with stand-ins, which did not come from the model.
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+
+# Attributes of tensors, also of the tracers of JAX, which take none.
+from keras.src.backend.common.tensor_attributes import get_tensor_attr, set_tensor_attr
 
 # The scope in which variables are read in the precision of a layer, or, with `None`, in their own.
 from keras.src.backend.common.variables import AutocastScope
@@ -44,29 +50,39 @@ __all__ = [
     "FunctionLoss",
     "Functional",
     "LayerOfOthers",
+    "ReadScope",
     "Sandbox",
+    "Step",
     "above",
+    "alias",
     "allow_any_arguments",
+    "called_for_training",
     "calls_above",
+    "copy_own_state",
     "compute_output_spec",
     "flat_layers",
+    "follow_in_epochs",
     "get_keras_mask",
     "get_object_name",
+    "get_tensor_attr",
     "give_variables_back",
+    "in_legacy_saving",
     "in_metrics",
     "in_sharing_scope",
     "in_symbolic_scope",
-    "in_training_step",
     "is_autocast",
     "keeps_constructor",
     "metric_names",
-    "model_in_use",
+    "model_being_built",
+    "new_like",
     "origin",
     "own_variables",
     "reduce_weighted_values",
+    "running_step",
     "set_keras_mask",
+    "set_tensor_attr",
+    "snapshot",
     "torch_processes",
-    "training_in_use",
     "unscale_loss_for_distribution",
     "variables_can_be_assigned",
     "weighted_metrics_in_use",
@@ -74,8 +90,71 @@ __all__ = [
 
 
 def variables_can_be_assigned() -> bool:
-    """Whether a variable assigned here keeps its value, and is not left holding a traced one."""
+    """Return whether a variable assigned here keeps its value, and no tracer."""
     return keras.backend.backend() != "jax" or bool(in_stateless_scope())
+
+
+@keras.ops.custom_gradient
+def _read_before_update(value: Any) -> Any:
+    """Return the value of a variable, such that its gradient depends on it.
+
+    TensorFlow's graph optimizer lets the update of a variable overtake a read whose value the
+    gradient does not need. A dependency of the gradient on the value keeps the order.
+    """
+
+    def gradient(*upstream: Any) -> Any:
+        (slope,) = upstream
+        return slope + 0 * keras.ops.cast(keras.ops.isfinite(value), slope.dtype)
+
+    return value, gradient
+
+
+class ReadScope(keras.StatelessScope):
+    """A scope that notes which variables are read, and changes nothing else.
+
+    Attributes:
+        variables: The variables that were read, by `id`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.variables: dict[int, keras.Variable] = {}
+        self._is_tensorflow = keras.backend.backend() == "tensorflow"
+
+    def get_current_value(self, variable: keras.Variable) -> Any:
+        """Return the value of the surrounding scope; called by a variable that is read."""
+        self.variables[id(variable)] = variable
+        around = self.original_scope
+        value = around.get_current_value(variable) if around else None
+        if value is None and self._is_tensorflow and variable.trainable:
+            value = _read_before_update(keras.ops.convert_to_tensor(variable._value))
+        return value
+
+    def add_update(self, update: tuple[keras.Variable, Any]) -> None:
+        """Pass an update on; called by a variable that is assigned."""
+        variable, value = update
+        if self.original_scope:
+            self.original_scope.add_update(update)
+        else:
+            variable._direct_assign(value)
+
+
+def snapshot(variable: keras.Variable) -> Any:
+    """Return the value of a variable as it is now, in its own precision."""
+    with AutocastScope(None), ReadScope():
+        value = keras.ops.convert_to_tensor(variable.value)
+    # PyTorch assigns in place.
+    return value.clone() if keras.backend.backend() == "torch" else value
+
+
+def alias(tensor: Any) -> Any:
+    """Return another tensor object of the same values, with the same mask."""
+    is_torch = keras.backend.backend() == "torch"
+    other = tensor.view_as(tensor) if is_torch else keras.ops.copy(tensor)
+    mask = get_keras_mask(tensor)
+    if mask is not None:
+        set_keras_mask(other, mask)
+    return other
 
 
 class Sandbox(keras.StatelessScope):
@@ -136,68 +215,168 @@ def in_sharing_scope() -> bool:
     return get_global_attribute("shared_objects/id_to_config_map") is not None
 
 
+def in_legacy_saving() -> bool:
+    """Return whether a model is saved in the legacy HDF5 format."""
+    return bool(get_global_attribute("use_legacy_config"))
+
+
 def flat_layers(model: keras.Layer) -> list[keras.Layer]:
     """The model itself and all its layers, at any depth."""
     return list(model._flatten_layers())
 
 
-def _frames(*functions: str) -> Iterator[FrameType]:
-    """The calls on the stack, innermost first, of functions of these names."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code.co_name in functions:
-            yield frame
-        frame = frame.f_back
-
-
 # A loss and a layer never see the model they are in, but the model stands on the call stack.
 
 
-def _frame_of_model(*methods: str) -> FrameType | None:
-    """The innermost call on the stack of one of these methods of a model."""
-    for frame in _frames(*methods):
-        if isinstance(frame.f_locals.get("self"), keras.Model):
-            return frame
+def _method_calls(cls: type, *names: str) -> Iterator[tuple[FrameType, Any]]:
+    """Yield the running calls of methods of these names, innermost first, with their objects.
+
+    The qualified name tells a method of the class, or an override, from a function of a user that
+    has the same name.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name in names and code.co_argcount:
+            owner = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(owner, cls) and any(
+                code.co_qualname == f"{base.__qualname__}.{code.co_name}"
+                for base in type(owner).__mro__
+            ):
+                yield frame, owner
+        frame = frame.f_back
+
+
+@functools.cache
+def _code_of(cls: type, name: str) -> CodeType | None:
+    """Return the code of a method of Keras, below the decorators."""
+    return getattr(inspect.unwrap(getattr(cls, name, None)), "__code__", None)  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The step of `fit`, `evaluate`, `predict` or `train_on_batch` that is running.
+
+    Attributes:
+        model: The model; `None` where the step is compiled by PyTorch.
+        training: Whether this is a step of training.
+        keeps_state: Whether variables that are assigned in the loss keep their values.
+    """
+
+    model: Any
+    training: bool
+    keeps_state: bool
+
+
+def running_step() -> Step | None:
+    """Return the step that a model runs, or `None` in a user's own loop."""
+    if is_compiled_by_torch():
+        # A look at the stack would break the graph. Keras evaluates without gradients.
+        return Step(None, sys.modules["torch"].is_grad_enabled(), keeps_state=True)
+    keeps_state = keras.backend.backend() != "jax"
+    names = ("train_step", "test_step", "predict_step", "compute_loss_and_updates")
+    for frame, model in _method_calls(keras.Model, *names):
+        if frame.f_code.co_name != "compute_loss_and_updates":
+            return Step(model, frame.f_code.co_name == "train_step", keeps_state)
+        # On JAX only Keras's own step evaluates the loss with the state of the model.
+        if frame.f_code is _code_of(keras.Model, "compute_loss_and_updates"):
+            keeps_state = True
     return None
 
 
-def model_in_use() -> Any:
-    """The model that is being built, trained or evaluated, or `None`."""
-    frame = _frame_of_model("_symbolic_build", "train_step", "test_step")
-    return None if frame is None else frame.f_locals["self"]
+def model_being_built() -> Any:
+    """Return the model that Keras builds symbolically before its first step, or `None`."""
+    for _, model in _method_calls(keras.Model, "_symbolic_build"):
+        return model
+    return None
 
 
-def training_in_use() -> bool | None:
-    """The `training` argument of the layer or model that is being called, if it has one."""
-    return getattr(get_global_attribute("current_call_ctx"), "training", None)
+def called_for_training() -> bool:
+    """Return the `training` argument of the innermost running call that was given one."""
+    for frame, _ in _method_calls(keras.Layer, "__call__", "stateless_call"):
+        if frame.f_code is _code_of(keras.Layer, "__call__"):
+            given = getattr(frame.f_locals.get("call_spec"), "user_arguments_dict", {})
+        elif frame.f_code is _code_of(keras.Layer, "stateless_call"):
+            given = frame.f_locals["kwargs"]
+        else:
+            continue
+        if given.get("training") is not None:
+            return bool(given["training"])
+    return False
 
 
-def in_training_step() -> bool:
-    """Whether a model is being trained, and not evaluated or called otherwise."""
-    frame = _frame_of_model("train_step", "test_step", "predict_step")
-    return frame is not None and frame.f_code.co_name == "train_step"
+def is_compiled_by_torch() -> bool:
+    """Return whether `torch.compile` traces this code."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.compiler.is_compiling())
 
 
 def give_variables_back() -> None:
     """Return the variables that Keras takes from a model on JAX while it runs an epoch.
 
-    Keras itself returns them at the end; an exception in the first step would lose them.
+    Keras returns them at the end of the epoch. An exception in the first step would lose them.
     """
-    frame = _frame_of_model("fit", "evaluate")
-    if frame is None or frame.f_globals.get("__name__") != "keras.src.backend.jax.trainer":
+    if keras.backend.backend() != "jax":
         return
-    model = frame.f_locals["self"]
-    trained = [model.optimizer.variables] if frame.f_code.co_name == "fit" else []
-    taken = [
-        model.trainable_variables,
-        model.non_trainable_variables,
-        *trained,
-        model.metrics_variables,
-    ]
-    for variables, values in zip(taken, frame.f_locals.get("state", ()), strict=False):
-        for variable, value in zip(variables, values, strict=False):
-            if variable._value is None:
-                variable._value = value
+    for frame, model in _method_calls(keras.Model, "fit", "evaluate"):
+        if frame.f_code is not _code_of(keras.Model, frame.f_code.co_name):
+            continue  # an override, which calls that of Keras
+        trained = [model.optimizer.variables] if frame.f_code.co_name == "fit" else []
+        taken = [
+            model.trainable_variables,
+            model.non_trainable_variables,
+            *trained,
+            model.metrics_variables,
+        ]
+        for variables, values in zip(taken, frame.f_locals.get("state", ()), strict=False):
+            for variable, value in zip(variables, values, strict=False):
+                if variable._value is None:
+                    variable._value = value
+        return
+
+
+class _InEpochs:
+    """Makes a variable readable and assignable in the callbacks of an epoch on JAX.
+
+    While `fit` runs an epoch, the values are in `fit`, and Keras overwrites those of the variables
+    at the end. `jax_state_sync` moves them to the variables.
+    """
+
+    def _sync(self) -> None:
+        if self._value is None and not in_stateless_scope():  # type: ignore[has-type]
+            for model in list(self._models):  # type: ignore[attr-defined]
+                model.jax_state_sync()
+
+    @property
+    def value(self) -> Any:
+        """The current value."""
+        self._sync()
+        return super().value  # type: ignore[misc]
+
+    def _direct_assign(self, value: Any) -> None:
+        models, self._models = self._models, weakref.WeakSet()  # type: ignore[has-type]
+        try:
+            for model in list(models):
+                if self._value is None:  # type: ignore[has-type]
+                    model.jax_state_sync()  # which assigns this variable as well
+        finally:
+            self._models = models
+        super()._direct_assign(value)  # type: ignore[misc]
+
+
+@functools.cache
+def _class_in_epochs(cls: type) -> type:
+    return type(cls.__name__, (_InEpochs, cls), {})
+
+
+def follow_in_epochs(variable: keras.Variable, model: keras.Model) -> None:
+    """Let a variable of a model be read and assigned at any time, also while JAX runs an epoch."""
+    if keras.backend.backend() != "jax":
+        return
+    if not isinstance(variable, _InEpochs):
+        variable._models = weakref.WeakSet()
+        variable.__class__ = _class_in_epochs(type(variable))
+    variable._models.add(model)
 
 
 def torch_processes() -> int:
@@ -222,17 +401,16 @@ def metric_names(model: keras.Model) -> set[str]:
 
 
 def in_metrics() -> bool:
-    """Whether the caller is evaluated as a metric."""
-    for frame in _frames("compute_metrics", "compute_loss"):
+    """Return whether the caller is evaluated as a metric."""
+    for frame, _ in _method_calls(keras.Model, "compute_metrics", "compute_loss"):
         return frame.f_code.co_name == "compute_metrics"
     return False
 
 
 def weighted_metrics_in_use() -> Any:
-    """The `weighted_metrics` of the model that is computing its loss, or `None`."""
-    for frame in _frames("_compute_loss"):
-        metrics = getattr(frame.f_locals["self"], "_compile_metrics", None)
-        return getattr(metrics, "_user_weighted_metrics", None)
+    """Return the `weighted_metrics` of the model that is computing its loss, or `None`."""
+    for _, model in _method_calls(keras.Model, "_compute_loss"):
+        return getattr(getattr(model, "_compile_metrics", None), "_user_weighted_metrics", None)
     return None
 
 
@@ -244,6 +422,41 @@ def keeps_constructor(model: Any, base: type) -> bool:
     own = inspect.getfullargspec(type(model).__init__)
     known = inspect.getfullargspec(vars(base)["__init__"])
     return own.args == known.args or bool(own.varargs and own.varkw)
+
+
+@functools.cache
+def _names_that_keras_sets(cls: type) -> frozenset[str]:
+    """Return the attributes of a compiled model of a class of Keras."""
+    x, dense = keras.Input((1,)), keras.layers.Dense(1)
+    model = keras.Sequential([x, dense]) if cls is keras.Sequential else cls(x, dense(x))
+    model.compile("sgd", "mse")
+    runs = ("history", "_jax_state", "_eval_epoch_iterator", "output_names", "_torch_params")
+    return frozenset([*vars(model), *getattr(model, "_modules", ()), *runs, "torch_params"])
+
+
+def new_like(model: Any, base: type, *args: Any) -> Any:
+    """Return a model of the class of another one, with the same attributes and own weights.
+
+    Args:
+        model: The model, which is not changed.
+        base: `Functional` or `keras.Sequential`.
+        *args: What the base class is made of.
+    """
+    cls = type(model)
+    new = cls.__new__(cls)
+    vars(base)["__init__"](new, *args, name=model.name)
+    return new
+
+
+def copy_own_state(model: Any, new: Any, base: type) -> None:
+    """Give a model the attributes and weights that another one has besides those of Keras."""
+    given = {**vars(model), **getattr(model, "_modules", {})}
+    for name in given.keys() - _names_that_keras_sets(base):
+        setattr(new, name, given[name])
+    known = {id(variable) for variable in own_variables(new)}
+    for variable in own_variables(model):
+        if id(variable) not in known:
+            new._track_variable(variable)
 
 
 def origin(tensor: keras.KerasTensor) -> tuple[Any, list[keras.KerasTensor]]:
@@ -280,12 +493,11 @@ def calls_above(tensors: Iterable[keras.KerasTensor], until: Iterable[Any] = ())
 def above(
     tensors: list[keras.KerasTensor],
 ) -> tuple[dict[int, keras.KerasTensor], list[keras.Layer]]:
-    """What symbolic tensors are computed from: inputs, by `id`, and all layers at any depth."""
+    """Return the inputs, by `id`, and the layers that symbolic tensors are computed from."""
     calls = calls_above(tensors)
     inputs = {id(call.outputs[0]): call.outputs[0] for call in calls if not call.input_tensors}
-    operations = [call.operation for call in calls]
-    layers = [flat_layers(one) for one in operations if isinstance(one, keras.Layer)]
-    return inputs, [layer for some in layers for layer in some]
+    operations = {id(call.operation): call.operation for call in calls}
+    return inputs, [one for one in operations.values() if isinstance(one, keras.Layer)]
 
 
 def own_variables(layer: keras.Layer) -> list[keras.Variable]:

@@ -1,31 +1,31 @@
 """`LossArgs`: the layer that keeps live arguments and hands them to the loss in each step."""
 
 import dataclasses
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import keras
 import numpy as np
 
-from lossargs._adapters import Adapter, adapter_of
-from lossargs._bound import SAMPLE_WEIGHT, BoundLoss, serve
-from lossargs._carried import Step, carry
-from lossargs._errors import AttachError, SavingError, listed, nearest
+from lossargs._errors import AttachError, LossArgsError, SavingError, listed, nearest
 from lossargs._keras import (
     AutocastScope,
     allow_any_arguments,
+    called_for_training,
     flat_layers,
+    follow_in_epochs,
+    in_legacy_saving,
+    in_sharing_scope,
     in_symbolic_scope,
-    in_training_step,
     metric_names,
-    model_in_use,
     own_variables,
-    training_in_use,
+    running_step,
     unscale_loss_for_distribution,
     variables_can_be_assigned,
 )
-from lossargs._values import Slot, checked, identity, is_live, load_object, reading, rebuilt
+from lossargs._live import Adapter, StepValues, VariableAdapter, adapter_of, set_step_values
+from lossargs._loss import BoundLoss
+from lossargs._values import checked, identity, is_live, load_object, reading, rebuilt
 
 # Stands for NaN, which processes that compare what they start with would find different.
 _UNREPORTED = float(np.finfo("float32").min)
@@ -63,13 +63,14 @@ class TrackedLoss(keras.metrics.Mean):
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class LiveArg:
     """A live argument of one of the losses of a layer.
 
     Attributes:
         loss: The loss.
         name: The argument.
         label: The argument, and where the value stands in it.
+        key: Equal for two arguments that have one value.
         adapter: What keeps the value.
         metric: What logs it, if it is a scalar.
     """
@@ -77,6 +78,7 @@ class Entry:
     loss: BoundLoss
     name: str
     label: str
+    key: Any
     adapter: Adapter
     metric: LiveValue | None
 
@@ -85,10 +87,11 @@ class Entry:
 class _Plan:
     """What Keras should not track, nor wrap, as attributes of the layer."""
 
-    losses: tuple[tuple[BoundLoss, dict[str, Any]], ...]  # with arguments of slots
-    logged: tuple[tuple[LiveValue, int], ...]  # with the place of the adapter
+    adapters: dict[Any, Adapter]  # by the keys of the values
+    losses: dict[BoundLoss, dict[str, Any]]  # with an adapter for each live value
+    live: tuple[LiveArg, ...]
+    logged: tuple[tuple[LiveValue, Adapter], ...]
     tracked: tuple[tuple[BoundLoss, keras.Metric], ...]
-    entries: tuple[Entry, ...]
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
@@ -134,7 +137,9 @@ class LossArgs(keras.Layer):
     """
 
     def __init__(self, loss: BoundLoss, *, track: Iterable[BoundLoss] = (), **kwargs: Any) -> None:
-        kept: Mapping[str, Adapter] = kwargs.pop("kept", {})  # of a saved layer
+        kept: Mapping[Any, Adapter] = kwargs.pop("kept", {})  # of a layer that this one replaces
+        # The names of the inputs that `attach` added; `None` if it was given tensors.
+        new_inputs: list[str] | None = kwargs.pop("new_inputs", None)
         # No mixed policy, and nothing is cast: what goes through this layer stays as it is.
         super().__init__(**{**kwargs, "dtype": keras.config.floatx(), "autocast": False})
         self.supports_masking = True
@@ -148,63 +153,57 @@ class LossArgs(keras.Layer):
             inner for one in (loss, *track) for inner in (one, *one.inner_losses)
         )
         adapters: dict[Any, Adapter] = {}
-        for one in losses:
-            for _, _, leaf in one.live_leaves():
-                live = identity(leaf)
-                if live not in adapters:
-                    saved = one.saved_leaf(leaf)
-                    adapters[live] = kept[saved.id] if saved.id in kept else adapter_of(leaf)
-        self.adapters = list(dict.fromkeys(adapters.values()))
-        place = {adapter: index for index, adapter in enumerate(self.adapters)}
-
-        def slot(leaf: Any) -> Any:
-            return Slot(place[adapters[identity(leaf)]]) if is_live(leaf) else leaf
-
-        entries = []
-        metrics: dict[tuple[str, Adapter], LiveValue] = {}
+        metrics: dict[tuple[str, Any], LiveValue] = {}
+        live = []
         for one in losses:
             for name, label, leaf in one.live_leaves():
-                adapter = adapters[identity(leaf)]
-                if adapter.shape == () and (label, adapter) not in metrics:
-                    metrics[label, adapter] = LiveValue(label)
-                entries.append(Entry(one, name, label, adapter, metrics.get((label, adapter))))
+                key = identity(leaf)
+                if key not in adapters:
+                    adapters[key] = kept[key] if key in kept else adapter_of(leaf)
+                if adapters[key].shape == () and (label, key) not in metrics:
+                    metrics[label, key] = LiveValue(label)
+                live.append(LiveArg(one, name, label, key, adapters[key], metrics.get((label, key))))
+
+        def adapter(leaf: Any) -> Any:
+            return adapters.get(identity(leaf), leaf) if is_live(leaf) else leaf
+
         self._plan = _Plan(
-            losses=tuple((one, one.live_args(slot)) for one in losses),
-            logged=tuple((metric, place[adapter]) for (_, adapter), metric in metrics.items()),
+            adapters=adapters,
+            losses={one: one.live_args(adapter) for one in losses},
+            live=tuple(live),
+            logged=tuple((metric, adapters[key]) for (_, key), metric in metrics.items()),
             tracked=tuple((one, TrackedLoss(name=one.name)) for one in track),
-            entries=tuple(entries),
         )
-        self._borrowed: dict[str, str] = {}
-        self._reference = weakref.ref(self)
         self.loss = loss
+        self._given: set[str] = set()  # names of arguments in calls of this layer
+        self._error: LossArgsError | None = None
+        self.new_inputs = None if new_inputs is None else tuple(new_inputs)
+        self.loses_output_name = False
         # For Keras to find them.
+        self.adapters = list(dict.fromkeys(adapters.values()))
         self.logged = [*metrics.values(), *(metric for _, metric in self._plan.tracked)]
+        for one in losses:
+            one.layers.add(self)
 
     @property
-    def entries(self) -> Sequence[Entry]:
+    def live(self) -> Sequence[LiveArg]:
         """The live arguments of all the losses."""
-        return self._plan.entries
+        return self._plan.live
 
     @property
-    def bound_losses(self) -> list[BoundLoss]:
+    def bound_losses(self) -> Mapping[BoundLoss, Any]:
         """All the losses that get values from this layer."""
-        return [loss for loss, _ in self._plan.losses]
+        return self._plan.losses
 
     @property
     def track(self) -> tuple[BoundLoss, ...]:
         """The losses that are evaluated for the logs only."""
         return tuple(loss for loss, _ in self._plan.tracked)
 
-    # No property: Keras looks for weights in all of these, and would not find an adapter here.
-    def adapters_by_id(self) -> dict[str, Adapter]:
-        """The adapters by what stands for their values in saved losses."""
-        return {
-            loss.saved_leaf(leaf).id: entry.adapter
-            for loss in self.bound_losses
-            for _, label, leaf in loss.live_leaves()
-            for entry in self.entries
-            if entry.loss is loss and entry.label == label
-        }
+    # No property: Keras looks for weights in all of these.
+    def adapters_by_key(self) -> dict[Any, Adapter]:
+        """Return the adapters by the keys of their values."""
+        return dict(self._plan.adapters)
 
     @property
     def tensors(self) -> list[Any]:
@@ -218,21 +217,20 @@ class LossArgs(keras.Layer):
         given: Mapping[str, Any] | None = None,
         /,
         *,
-        training: bool | None = None,
+        training: Any = None,
         **named: Any,
     ) -> Any:
-        """The predictions, as they are, carrying what the loss needs.
+        """Return the predictions, with the arguments of the loss for this step.
 
         Args:
             y_pred: The predictions, one tensor.
             tensors: For `attach`: the values of the symbolic tensors among the arguments.
             given: For a saved graph: `named` in one dict.
-            training: Whether this is a step of training; schedules move on then. By default what
-                the model is called with.
+            training: Given by Keras; a loss may have an argument of that name.
             **named: Further arguments of the losses, tensors by name.
 
         Returns:
-            `y_pred`.
+            The predictions, in a tensor of their own.
 
         Raises:
             AttachError: A name that no loss takes, a symbolic tensor without a value, or more than
@@ -243,22 +241,20 @@ class LossArgs(keras.Layer):
                 f"LossArgs({self.loss!r}) was called with a {type(y_pred).__name__}, and takes the "
                 "one tensor that goes to its loss. For several outputs make one layer for each."
             )
+        if given is None and training is not None and self._takes("training"):
+            named["training"], training = training, None  # the user's argument, not Keras's
         # In one dict: by itself, `mask` would be a mask to Keras.
         given = {**(given or {}), **named}
         if keras.backend.backend() == "torch" and not isinstance(y_pred, keras.KerasTensor):
             # All else that Keras does around a call does not concern this layer, and on PyTorch it
             # is done in each step, where it takes longer than a small layer computes.
-            training = training_in_use() if training is None else training
             with AutocastScope(None):
-                return self.call(y_pred, tensors, given, training)
-        arguments = (
-            (y_pred, tensors, given) if given else (y_pred, tensors) if tensors else (y_pred,)
-        )
+                return self.call(y_pred, tensors, given)
         options = {} if training is None else {"training": training}
-        return super().__call__(*arguments, **options)
+        return super().__call__(y_pred, tensors, given, **options)
 
     def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
-        """Under `keras.RematScope` as without: what is carried must not be computed anew."""
+        """Under `keras.RematScope` as without: the values must not be computed a second time."""
         return layer_call
 
     def call(
@@ -266,58 +262,91 @@ class LossArgs(keras.Layer):
         y_pred: Any,
         tensors: Sequence[Any] = (),
         given: Mapping[str, Any] | None = None,
-        training: bool | None = None,
     ) -> Any:
         """As `__call__`, with all arguments by name in `given`."""
-        given = given or {}
-        if training is None:  # not every model passes it on
-            training = in_training_step()
-        self._look_at_model(given)
+        given = dict(given or {})
+        if in_symbolic_scope():
+            return self._build(y_pred, tensors, given)
         self._check(tensors, given)
+        self._given.update(given)
         inputs = iter(tensors)
-        by_name = {entry.label: entry.adapter for entry in self.entries}
-        sources = {by_name[name]: value for name, value in given.items() if name in by_name}
-        values = []
+        by_adapter = {one.adapter: given[one.label] for one in self.live if one.label in given}
+        read = []
         for adapter in self.adapters:
             tensor = next(inputs, None) if adapter.reads_tensor else None
-            values.append(adapter.value(sources.get(adapter, tensor), bool(training)))
+            read.append(adapter.read(by_adapter.get(adapter, tensor)))
+        step = running_step()
+        values = StepValues(self, read, given)
+        if step is None or not step.keeps_state:
+            # In a user's own loop, the loss may be evaluated where variables cannot be assigned.
+            values.values = self.compute_values(read, called_for_training())
+        return set_step_values(y_pred, values)
 
-        def filled(leaf: Any) -> Any:
-            return values[leaf.index] if isinstance(leaf, Slot) else leaf
+    def _build(self, y_pred: Any, tensors: Sequence[Any], given: Mapping[str, Any]) -> Any:
+        """Look at a call while Keras builds the model; the loss raises what is wrong.
 
-        logged = [values[index] for _, index in self._plan.logged]
-        steps = {}
-        for loss, slots in self._plan.losses:
-            args = {name: rebuilt(value, filled) for name, value in slots.items()}
-            args |= {n: v for n, v in given.items() if n not in by_name and loss.takes(n)}
-            is_main = loss is self.loss
-            steps[loss.token] = Step(args, self._reference, logged) if is_main else Step(args)
-        return carry(y_pred, steps)
+        Keras hides errors that a layer raises here.
+        """
+        try:
+            self._check(tensors, given)
+        except LossArgsError as error:
+            self._error = error
+        else:
+            self._error = None
+        return y_pred
 
     def compute_output_spec(
         self,
         y_pred: Any,
         tensors: Sequence[Any] = (),
         given: Mapping[str, Any] | None = None,
-        training: bool | None = None,
     ) -> Any:
-        """Shape and dtype of the predictions."""
-        del training
-        self._look_at_model(given or {})
+        """Return shape and dtype of the predictions."""
         self._check(tensors, given or {})
         return keras.KerasTensor(y_pred.shape, y_pred.dtype, sparse=y_pred.sparse)
 
+    def compute_values(self, read: Sequence[Any], training: bool) -> list[Any]:
+        """Return the value of each adapter in this step, and let the adapters go to the next."""
+        pairs = zip(self.adapters, read, strict=True)
+        return [adapter.value(one, training) for adapter, one in pairs]
+
+    def args_of(
+        self, loss: BoundLoss, values: Sequence[Any], given: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the arguments of a loss.
+
+        Args:
+            loss: The loss.
+            values: The value of each adapter.
+            given: The arguments in the call of this layer.
+        """
+        by_adapter = dict(zip(self.adapters, values, strict=True))
+
+        def value(leaf: Any) -> Any:
+            return by_adapter[leaf] if isinstance(leaf, Adapter) else leaf
+
+        args = {name: rebuilt(tree, value) for name, tree in self.bound_losses[loss].items()}
+        return {**{n: v for n, v in given.items() if n not in args and loss.takes(n)}, **args}
+
+    def gives(self, loss: BoundLoss) -> bool:
+        """Return whether calls of this layer give arguments to a loss."""
+        return loss in self.bound_losses and any(loss.takes(name) for name in self._given)
+
+    def _takes(self, name: str) -> bool:
+        return any(loss.takes(name) for loss in self.bound_losses)
+
     def _check(self, tensors: Sequence[Any], given: Mapping[str, Any]) -> None:
         for name in given:
-            if not any(loss.takes(name) for loss in self.bound_losses):
+            if not self._takes(name):
+                known = {name for loss in self.bound_losses for name in loss.parameters}
                 raise AttachError(
                     f"LossArgs({self.loss!r}) was called with {name!r}, which none of its losses "
-                    f"takes.{nearest(name, self._known_names())}"
+                    f"takes.{nearest(name, known)}"
                 )
-        for entry in self.entries:
-            if not entry.adapter.reads_tensor and entry.name in given:
+        for one in self.live:
+            if not one.adapter.reads_tensor and one.name in given:
                 raise AttachError(
-                    f"{entry.label!r} of {entry.loss!r} was given twice: bound, and in the call of "
+                    f"{one.label!r} of {one.loss!r} was given twice: bound, and in the call of "
                     "LossArgs. Leave it out of one of them."
                 )
         readers = [adapter for adapter in self.adapters if adapter.reads_tensor]
@@ -327,8 +356,8 @@ class LossArgs(keras.Layer):
                 f"reads {len(readers)}. Give tensors by name, self.loss_args(y_pred, name=...)."
             )
         fed = {a for a, tensor in zip(readers, tensors, strict=False) if tensor is not None}
-        unfed = [e for e in self.entries if e.adapter.reads_tensor and e.adapter not in fed]
-        names = [entry.name for entry in unfed if entry.name not in given]
+        unfed = [one for one in self.live if one.adapter.reads_tensor and one.adapter not in fed]
+        names = [one.name for one in unfed if one.name not in given]
         if names:
             raise AttachError(
                 f"{listed(names)} of {self.loss!r} is a symbolic tensor, or reads one, and this "
@@ -337,34 +366,33 @@ class LossArgs(keras.Layer):
                 f"self.loss_args(y_pred, {names[0]}=...)."
             )
 
-    def _known_names(self) -> set[str]:
-        return {name for loss in self.bound_losses for name in loss.parameters}
-
-    def report(self, logged: Sequence[Any], y_true: Any, y_pred: Any, sample_weight: Any) -> None:
+    def log(
+        self, values: StepValues, context: Any, y_true: Any, y_pred: Any, sample_weight: Any
+    ) -> None:
         """Log the live scalars and the tracked losses of a step; called by the loss."""
-        if not variables_can_be_assigned():
+        if context.step is None or not variables_can_be_assigned():
             return
-        for (metric, _), value in zip(self._plan.logged, logged, strict=True):
-            metric.update_state(value)
+        by_adapter = dict(zip(self.adapters, values.values or (), strict=True))
+        for metric, adapter in self._plan.logged:
+            metric.update_state(by_adapter[adapter])
         for loss, metric in self._plan.tracked:
-            batch = sample_weight
-            if isinstance(batch, Mapping):
-                batch = {k: v for k, v in batch.items() if k == SAMPLE_WEIGHT or loss.takes(k)}
-            value = unscale_loss_for_distribution(loss.evaluated(y_true, y_pred, batch, {}))
-            shape: Any = keras.ops.shape(y_pred)  # weighted by batch size, as Keras does its own
-            metric.update_state(keras.ops.stop_gradient(value), sample_weight=shape[0])
+            value = loss.evaluate(y_true, y_pred, sample_weight, {}, context)
+            value = keras.ops.stop_gradient(unscale_loss_for_distribution(value))
+            # Weighted by batch size, as Keras does its own.
+            size: Any = keras.ops.shape(y_pred)[0] if len(y_pred.shape) else None
+            metric.update_state(value, sample_weight=size)
 
-    def _look_at_model(self, given: Mapping[str, Any]) -> None:
-        """Name the live values in the logs, once the model is known that they are logged by."""
-        if in_symbolic_scope() or keras.backend.backend() == "tensorflow":
-            serve(loss for loss in self.bound_losses if any(map(loss.takes, given)))
-            model = model_in_use()
-            if model is not None:
-                settle_names(layers_of(model), metric_names(model))
-                self.note_weights_of(flat_layers(model))
-                self._check_compiled(model)
+    def prepare(self, model: keras.Model) -> None:
+        """Check this layer, and name its logs, for the model that it is in.
 
-    def _check_compiled(self, model: keras.Model) -> None:
+        Args:
+            model: The model that is about to run its first step.
+
+        Raises:
+            AttachError: The call of the layer was wrong, or the model has another loss.
+        """
+        if self._error is not None:
+            raise self._error
         given = keras.tree.flatten(getattr(model, "loss", None))
         compiled = [loss for loss in given if loss is not None]
         if compiled and self.loss not in compiled:
@@ -374,63 +402,70 @@ class LossArgs(keras.Layer):
                 "and to compile; of a model that was loaded or cloned, it is the `loss` of its "
                 "LossArgs layer. For another loss take model = detach(model)."
             )
+        settle_names(layers_of(model), metric_names(model))
+        if any(layer is self for layer in model.layers):
+            self.note_weights_of(model.layers)
+        for one in self.live:
+            if one.adapter.variable is not None:
+                follow_in_epochs(one.adapter.variable, model)
 
-    def note_weights_of(self, layers: Iterable[keras.Layer]) -> None:
-        """Remember which of the variables are weights of other layers of the model."""
+    def note_weights_of(self, layers: Iterable[Any]) -> None:
+        """Let variables that are weights of other layers of the graph be saved by these."""
         owners = {
-            id(variable): layer.name
+            id(variable): (layer, place)
             for layer in layers
-            if not isinstance(layer, Adapter)
-            for variable in own_variables(layer)
+            if layer is not self
+            for place, variable in enumerate(layer.weights)
         }
-        borrowed = {e.label: owners.get(id(e.adapter.variable)) for e in self.entries}
-        self._borrowed = {label: layer for label, layer in borrowed.items() if layer is not None}
+        for adapter in self.adapters:
+            if isinstance(adapter, VariableAdapter) and id(adapter.variable) in owners:
+                adapter.refer_to(*owners[id(adapter.variable)])
 
     def get_config(self) -> dict[str, Any]:
-        """What `from_config` needs to make this layer again.
+        """Return what `from_config` needs to make this layer again.
 
         Raises:
-            SavingError: A variable is a weight of another layer.
+            SavingError: The format of the file, or the copy, would lose something.
         """
-        for label, layer in self._borrowed.items():
+        if self.loses_output_name:
             raise SavingError(
-                f"{label!r} of {self.loss!r} is a weight of the layer {layer!r}, and would be "
-                "loaded as a variable of its own, which is not trained with that layer. Save "
-                "weights only, model.save_weights(path), or detach(model)."
+                f"The outputs that {self.loss!r} is attached to are a list, and its model is of a "
+                "class of its own: the names of the outputs would not be saved. Give the model a "
+                "dict of outputs, keras.Model(inputs, {name: output})."
             )
+        if in_legacy_saving():
+            raise SavingError(
+                f"{self.loss!r} cannot be saved in the legacy HDF5 format, which knows no live "
+                'arguments. Save the model in the Keras format, model.save("model.keras").'
+            )
+        for one in self.live:
+            is_variable = isinstance(one.adapter, VariableAdapter)
+            owner = one.adapter.get_owner() if is_variable else None
+            if owner is not None and not in_sharing_scope():
+                raise SavingError(
+                    f"{one.label!r} of {self.loss!r} is a weight of the layer {owner.name!r}, and would be another variable in a copy. Save and "
+                    "load the model, or clone detach(model)."
+                )
         config = super().get_config()
         del config["dtype"]
         # As objects: Keras sees then which of them several layers share.
-        return {
-            **config,
-            "loss": self.loss,
-            "track": list(self.track),
-            "adapters": list(self.adapters),
-            "live": {live: self.adapters.index(a) for live, a in self.adapters_by_id().items()},
-        }
+        new = None if self.new_inputs is None else list(self.new_inputs)
+        return {**config, "loss": self.loss, "track": list(self.track), "new_inputs": new}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         config = dict(config)
         with reading("The config of a LossArgs layer"):
-            losses = [checked(config, "loss", dict, BoundLoss), *checked(config, "track", list)]
-            loss, *track = (load_object(one, BoundLoss) for one in losses)
-            adapters = [load_object(a, Adapter) for a in checked(config, "adapters", list)]
-            kept = {}
-            for live, index in checked(config, "live", dict).items():
-                if type(index) is not int or not 0 <= index < len(adapters):
-                    raise ValueError(f"{index!r} is the place of no adapter")
-                kept[live] = adapters[index]
-            for one in (loss, *track):
-                for bound in (one, *one.inner_losses):
-                    for _, label, leaf in bound.live_leaves():
-                        if bound.saved_leaf(leaf).id not in kept:
-                            raise ValueError(f"no adapter keeps {label!r} of {bound!r}")
-            known = ("loss", "track", "adapters", "live")
-            options = {name: value for name, value in config.items() if name not in known}
-            if "kept" in options:
-                raise ValueError("'kept' is none of its entries")
-            return cls(loss, track=track, kept=kept, **options)
+            loss = checked(config, "loss", dict, BoundLoss)
+            track = checked(config, "track", list)
+            new_inputs = checked(config, "new_inputs", list, type(None))
+            known = ("name", "trainable", "loss", "track", "new_inputs")
+            unknown = set(config) - set(known)
+            if unknown:
+                raise ValueError(f"it has entries that are unknown here, {listed(sorted(unknown))}")
+            losses = [load_object(one, BoundLoss) for one in (loss, *track)]
+            options = {name: config[name] for name in ("name", "trainable") if name in config}
+            return cls(losses[0], track=losses[1:], new_inputs=new_inputs, **options)
 
 
 def check_is_bound(loss: Any) -> None:
@@ -459,10 +494,10 @@ def layers_of(model: keras.Layer) -> list[LossArgs]:
 
 def names_of(
     layers: Iterable[LossArgs], others: Iterable[str] = ("loss",)
-) -> list[tuple[str, Entry]]:
-    """The live arguments of several layers with their names in the logs.
+) -> list[tuple[str, LiveArg]]:
+    """Return the live arguments of several layers with their names in the logs.
 
-    A name that stands for different values gets the name of its loss in front.
+    A name of different values gets the name of its loss in front.
 
     Args:
         layers: The layers of one model.
@@ -471,14 +506,16 @@ def names_of(
     Raises:
         AttachError: Two would still have one name.
     """
-    entries = [entry for layer in layers for entry in layer.entries]
-    adapters: dict[str, set[Adapter]] = {}
-    for entry in entries:
-        adapters.setdefault(entry.label, set()).add(entry.adapter)
+    layers = list(layers)
+    live = [one for layer in layers for one in layer.live]
+    values: dict[str, set[Any]] = {}
+    for one in live:
+        values.setdefault(one.label, set()).add(one.key)
     named = [
-        (e.label if len(adapters[e.label]) == 1 else f"{e.loss.name}_{e.label}", e) for e in entries
+        (one.label if len(values[one.label]) == 1 else f"{one.loss.name}_{one.label}", one)
+        for one in live
     ]
-    distinct = dict.fromkeys((name, entry.adapter) for name, entry in named)
+    distinct = dict.fromkeys((name, one.key) for name, one in named)
     tracked = [loss.name for layer in layers for loss in layer.track]
     check_names([*others, *(name for name, _ in distinct), *tracked], "Live arguments")
     return named
@@ -486,6 +523,6 @@ def names_of(
 
 def settle_names(layers: Iterable[LossArgs], others: Iterable[str]) -> None:
     """Let the live arguments of several layers of one model be logged under different names."""
-    for name, entry in names_of(layers, others):
-        if entry.metric is not None:
-            entry.metric.name = name
+    for name, one in names_of(layers, others):
+        if one.metric is not None:
+            one.metric.name = name

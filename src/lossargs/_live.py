@@ -1,14 +1,24 @@
-"""Kinds of live arguments: how the model keeps each, and what it gives the loss in a step."""
+"""Kinds of live arguments: how the model keeps each, and how its value reaches the loss."""
 
+import dataclasses
 import weakref
 from typing import Any, ClassVar, Self
 
 import keras
 import numpy as np
 
-from lossargs._errors import ArgumentError, AttachError
-from lossargs._keras import is_autocast
+from lossargs._errors import ArgumentError
+from lossargs._keras import (
+    alias,
+    get_tensor_attr,
+    in_sharing_scope,
+    is_autocast,
+    set_tensor_attr,
+    snapshot,
+)
 from lossargs._values import checked, decode, encode, live_types, load_object, reading, show
+
+_ATTRIBUTE = "_lossargs_steps"
 
 
 class Adapter(keras.Layer):
@@ -61,6 +71,8 @@ class Adapter(keras.Layer):
     adapts: ClassVar[type | None] = None
     reads_tensor: ClassVar[bool] = False
     shape: Any = None
+    # One for each value, so that losses that share a value share it in the saved model too.
+    _of_value: ClassVar[weakref.WeakValueDictionary[int, "Adapter"]] = weakref.WeakValueDictionary()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -81,8 +93,16 @@ class Adapter(keras.Layer):
         self.tensor = tensor
         self.built = True
 
+    def read(self, tensor: Any) -> Any:
+        """Return what `value` is computed from, as it is in the forward pass.
+
+        Args:
+            tensor: The values of the tensor that this adapter reads, or `None`.
+        """
+        return tensor
+
     def value(self, tensor: Any, training: bool) -> Any:
-        """What the loss gets in this step.
+        """Return what the loss gets in this step; called once in a step, with the loss.
 
         Args:
             tensor: The values of the tensor that this adapter reads, or `None`.
@@ -97,13 +117,29 @@ class Adapter(keras.Layer):
 
     @classmethod
     def of(cls, value: Any) -> "Adapter":
-        """The adapter of a value of the type that this class adapts."""
-        return cls(value)
+        """Return the adapter of a value of the type that this class adapts."""
+        adapter = cls._of_value.get(id(value))
+        if adapter is None or adapter._adapted.value is not value:
+            adapter = cls._of_value[id(value)] = cls(value)
+            adapter._adapted = _Untracked(value)
+        return adapter
 
     @property
     def variable(self) -> Any:
         """The `keras.Variable` that a user may assign, if there is one."""
         return None
+
+    # No property: Keras looks for weights in all of these.
+    def get_bound_value(self) -> Any:
+        """Return what a loss that was loaded holds for this adapter."""
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class _Untracked:
+    """Holds what Keras should not track as a part of a layer."""
+
+    value: Any
 
 
 _adapters: dict[type, type[Adapter]] = {}
@@ -111,56 +147,92 @@ live_types.append(Adapter)
 
 
 def adapter_of(value: Any) -> Adapter:
-    """The adapter of a live value."""
+    """Return the adapter of a live value."""
     if isinstance(value, Adapter):
         return value
-    for kind in reversed(_adapters):
-        if isinstance(value, kind):
-            return _adapters[kind].of(value)
-    raise AttachError(
-        f"{show(value)} belongs to a model that was saved and loaded, whose layer keeps its value. "
-        "Attach the loss to that model, or bind it to a variable of it: live_args(model)[name]."
-    )
+    kind = next(kind for kind in reversed(_adapters) if isinstance(value, kind))
+    return _adapters[kind].of(value)
+
+
+def encode_live(value: Any) -> Any:
+    """Return the Keras object that is saved for a live value: the value itself, or its adapter."""
+    saved = value if hasattr(value, "get_config") else adapter_of(value)
+    if in_sharing_scope():
+        # Keras marks an object as shared in the config where it meets it a second time. By then,
+        # a model may have copied the first config.
+        keras.saving.serialize_keras_object(saved)
+    return saved
+
+
+def decode_live(config: dict[str, Any]) -> Any:
+    """Return the live value that the config of a Keras object describes."""
+    loaded = load_object(config, tuple(live_types))
+    return loaded.get_bound_value() if isinstance(loaded, Adapter) else loaded
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
 class VariableAdapter(Adapter):
-    """A `keras.Variable`: its current value."""
+    """A `keras.Variable`: its value in the step.
+
+    A weight of another layer of the model is saved by that layer: this one only refers to it.
+    """
 
     adapts = keras.Variable
-    # One for each variable, so that losses that share a variable share it in the saved model too.
-    _of_variable: ClassVar[weakref.WeakValueDictionary[int, "VariableAdapter"]] = (
-        weakref.WeakValueDictionary()
-    )
 
-    def __init__(self, variable: Any, **kwargs: Any) -> None:
+    def __init__(self, variable: Any = None, owner: Any = None, **kwargs: Any) -> None:
+        shape = kwargs.pop("shape", None)
         super().__init__(**kwargs)
+        self._owner = _Untracked(owner)  # a layer, and the place of the variable in its weights
         self._variable = variable
-        self.shape = tuple(variable.shape)
-        if getattr(variable.value, "weak_type", False):
+        self.shape = tuple(shape if variable is None else variable.shape)
+        if getattr(getattr(variable, "value", None), "weak_type", False):
             # Made of a Python number on JAX: the first `assign` would change its type, and the
             # compiled step would be traced again.
             variable.assign(keras.ops.convert_to_numpy(variable.value))
 
-    def value(self, tensor: Any, training: bool) -> Any:  # noqa: ARG002
-        return self._variable.value
+    def read(self, tensor: Any) -> Any:  # noqa: ARG002
+        return snapshot(self.variable)
 
-    @classmethod
-    def of(cls, value: Any) -> Adapter:
-        adapter = cls._of_variable.get(id(value))
-        if adapter is None:
-            adapter = cls._of_variable[id(value)] = cls(value)
-        return adapter
+    def value(self, tensor: Any, training: bool) -> Any:  # noqa: ARG002
+        return tensor
 
     @property
     def variable(self) -> Any:
+        if self._variable is None:  # loaded
+            layer, place = self._owner.value
+            return layer.weights[place]
         return self._variable
 
+    def get_bound_value(self) -> Any:
+        return self if self._variable is None else self._variable
+
+    def get_owner(self) -> Any:
+        """Return the layer that the variable is a weight of, or `None`."""
+        return self._owner.value and self._owner.value[0]
+
+    def refer_to(self, layer: keras.Layer, place: int) -> None:
+        """Let the variable be saved by the layer whose weight it is, at this place."""
+        self._owner = _Untracked((layer, place))
+
+    def save_own_variables(self, store: Any) -> None:
+        """Save the variable, unless another layer does."""
+        if self._owner.value is None:
+            super().save_own_variables(store)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Load the variable, unless another layer does."""
+        if self._owner.value is None:
+            super().load_own_variables(store)
+
     def get_config(self) -> dict[str, Any]:
-        variable = self._variable
+        variable, config = self.variable, super().get_config()
+        if self.get_owner() and in_sharing_scope():
+            layer, place = self._owner.value
+            saved = keras.saving.serialize_keras_object(layer)
+            return {**config, "owner": [saved, place], "shape": list(self.shape)}
         value = keras.ops.convert_to_numpy(variable.value)
         return {
-            **super().get_config(),
+            **config,
             "variable": {
                 "value": encode(value, variable.path),
                 "dtype": variable.dtype,
@@ -177,6 +249,10 @@ class VariableAdapter(Adapter):
     def from_config(cls, config: dict[str, Any]) -> Self:
         config = dict(config)
         with reading("A saved variable"):
+            if "owner" in config:
+                layer, place = checked(config, "owner", list)
+                owner = (load_object(layer, keras.Layer), place)
+                return cls(**{**config, "owner": owner})
             options = checked(config, "variable", dict)
             value = decode(options.get("value"))
             # Of anything else, Keras would make a value of any size, or call it for one.
@@ -219,23 +295,17 @@ class ScheduleAdapter(Adapter):
             aggregation="only_first_replica",
         )
 
-    def value(self, tensor: Any, training: bool) -> Any:  # noqa: ARG002
-        value = keras.ops.convert_to_tensor(self.schedule(self.step.value))
-        if training:
-            self.step.assign_add(1)
-        return value
-
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "schedule": self.schedule}
-
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        with reading("A saved schedule"):
-            # Of that class only: what it names is called in each step.
-            kind = keras.optimizers.schedules.LearningRateSchedule
-            schedule = load_object(config.get("schedule"), kind)
-            adapter: Self = super().from_config({**config, "schedule": schedule})
-            return adapter
+    def of(cls, value: Any) -> Adapter:
+        return cls(value)  # each model counts its own steps
+
+    def read(self, tensor: Any) -> Any:  # noqa: ARG002
+        return snapshot(self.step)
+
+    def value(self, tensor: Any, training: bool) -> Any:
+        if training:
+            self.step.assign(tensor + 1)
+        return keras.ops.convert_to_tensor(self.schedule(tensor))
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
@@ -264,3 +334,44 @@ class TensorAdapter(Adapter):
                 raise ValueError(f"no shape: {shape}")
             adapter: Self = super().from_config(config)
             return adapter
+
+
+@dataclasses.dataclass
+class StepValues:
+    """What one forward pass gives to the losses of a `LossArgs` layer.
+
+    Attributes:
+        layer: The layer.
+        read: What each of its adapters read.
+        given: The arguments in the call of the layer, by name.
+        values: The value of each adapter, once it was computed.
+    """
+
+    layer: Any
+    read: list[Any]
+    given: dict[str, Any]
+    values: list[Any] | None = None
+
+    def args_of(self, loss: Any, *, training: bool) -> dict[str, Any]:
+        """Return the arguments that the layer gives to one of its losses."""
+        if self.values is None:
+            self.values = self.layer.compute_values(self.read, training)
+        args: dict[str, Any] = self.layer.args_of(loss, self.values, self.given)
+        return args
+
+
+def set_step_values(y_pred: Any, step_values: StepValues) -> Any:
+    """Return the predictions, with the values of a step for the loss that gets them as `y_pred`.
+
+    The tensor that the last layer of a model returns is the object that the loss receives. Here it
+    is a new one: a layer may return its input, which the user holds.
+    """
+    others = get_step_values(y_pred)
+    y_pred = alias(y_pred)
+    set_tensor_attr(y_pred, _ATTRIBUTE, [*others, step_values])
+    return y_pred
+
+
+def get_step_values(y_pred: Any) -> list[StepValues]:
+    """Return the values that came with predictions; an empty list for most."""
+    return get_tensor_attr(y_pred, _ATTRIBUTE) or []

@@ -1,18 +1,16 @@
 """A loss function with its extra arguments bound: an ordinary, immutable Keras loss."""
 
-import itertools
+import dataclasses
 import math
 import threading
-import uuid
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn, Self
 
 import keras
 import numpy as np
 
-from lossargs._carried import carried, carry
 from lossargs._errors import (
     ArgumentError,
     AttachError,
@@ -26,24 +24,30 @@ from lossargs._errors import (
 from lossargs._function import LossFunction, registered
 from lossargs._keras import (
     FunctionLoss,
+    ReadScope,
+    Sandbox,
+    Step,
     flat_layers,
     get_keras_mask,
     give_variables_back,
     in_metrics,
     in_symbolic_scope,
-    model_in_use,
+    model_being_built,
     reduce_weighted_values,
+    running_step,
     torch_processes,
     weighted_metrics_in_use,
 )
+from lossargs._live import StepValues, decode_live, encode_live, get_step_values
 from lossargs._values import (
-    Saved,
     checked,
     decode,
+    describe_lists,
     encode,
     exhibit,
     hand_on,
     identity,
+    is_live,
     live_leaves,
     reading,
     rebuilt,
@@ -53,11 +57,10 @@ from lossargs._values import (
 
 SAMPLE_WEIGHT = "sample_weight"  # the batch entry that is the ordinary sample weight
 
+_OWN: Any = object()  # `None` is a reduction
+
 _interned: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
 _interned_lock = threading.Lock()
-_by_token: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-_tokens = itertools.count()
-_served: weakref.WeakSet[Any] = weakref.WeakSet()  # losses whose layer is called with arguments
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
@@ -79,15 +82,8 @@ class BoundLoss(keras.losses.Loss):
         self._key = key  # equal for equal losses
         self._live = tuple(dict.fromkeys(name for name, _, _ in self.live_leaves()))
         self._inner = tuple(self._inner_losses())
-        leaves = {identity(leaf): leaf for _, _, leaf in self.live_leaves()}
-        prefix = uuid.uuid4().hex if leaves else ""
-        # Two live values of one type look alike in a file: what tells them apart is made up.
-        self._saved = {
-            live: leaf if isinstance(leaf, Saved) else Saved(f"{prefix}-{number}", show(leaf))
-            for number, (live, leaf) in enumerate(leaves.items())
-        }
-        self.token = next(_tokens)  # stands for this loss where it must not be held
-        _by_token[self.token] = self
+        self.layers: weakref.WeakSet[Any] = weakref.WeakSet()  # those that give it values
+        self._read_by: weakref.WeakSet[Any] = weakref.WeakSet()  # models that were looked at
         self._frozen = True
 
     @classmethod
@@ -104,9 +100,7 @@ class BoundLoss(keras.losses.Loss):
 
         Raises:
             ArgumentError: A value can be neither followed nor bound as a constant.
-            SignatureError: The function captures a variable or a symbolic tensor.
         """
-        function.refuse_live_captures()
         taken = {n: take(args[n], f"{n!r} of {function.name}()") for n in function.in_order(args)}
         options = {"name": name, "reduction": reduction, "dtype": dtype or keras.config.floatx()}
         values = tuple((name, identity(value)) for name, value in taken.items())
@@ -149,10 +143,6 @@ class BoundLoss(keras.losses.Loss):
         for name, value in self._args.items():
             yield from ((name, f"{name}{place}", leaf) for place, leaf in live_leaves(value))
 
-    def saved_leaf(self, leaf: Any) -> Any:
-        """What stands for a live value in the config; other values as they are."""
-        return self._saved.get(identity(leaf), leaf) if self._saved else leaf
-
     def live_args(self, convert: Callable[[Any], Any]) -> dict[str, Any]:
         """The arguments that hold live values, with each leaf converted."""
         return {name: rebuilt(self._args[name], convert) for name in self._live}
@@ -191,10 +181,11 @@ class BoundLoss(keras.losses.Loss):
         return {"name": self.name, "reduction": self.reduction, "dtype": self.dtype}
 
     def __call__(self, /, y_true: Any, y_pred: Any, sample_weight: Any = None, **extra: Any) -> Any:
-        """The loss of a batch.
+        """Return the loss of a batch.
 
         Args:
-            y_true: The targets, shape `(batch_size, d0, .. dN)`, or nested ones.
+            y_true: The targets, shape `(batch_size, d0, .. dN)`, or nested ones; `None` if there
+                are none.
             y_pred: The predictions, of the same structure.
             sample_weight: Weights that broadcast to the loss of each sample; or what came as the
                 third element of the data, a dict of extra arguments by name, where the key
@@ -206,106 +197,238 @@ class BoundLoss(keras.losses.Loss):
             The loss, reduced by `self.reduction`: a scalar, or one number for each sample.
 
         Raises:
-            ArgumentError: An argument is missing or unknown.
+            ArgumentError: An argument is missing or unknown, or the function reads a variable that
+                it was not given.
             AttachError: The predictions do not come from a model that a loss with live arguments is
                 attached to.
             BatchError: What came with the batch would be used wrongly, or not at all.
         """
+        batch, weight = self._split(sample_weight)
+        if in_symbolic_scope():
+            return self._build(y_true, y_pred, weight, extra, batch)
+        context = _Context(running_step(), get_step_values(y_pred), batch)
         try:
-            step = carried(y_pred).get(self.token)
-            loss = self.evaluated(y_true, y_pred, sample_weight, extra)
-            layer = step.layer() if step is not None and step.layer is not None else None
-            if layer is not None and step is not None:
-                layer.report(step.logged, y_true, y_pred, sample_weight)
+            loss = self.evaluate(y_true, y_pred, weight, extra, context)
+            for values in context.values:
+                if values.layer.loss is self:
+                    values.layer.log(values, context, y_true, y_pred, weight)
         except Exception:
             give_variables_back()
             raise
         return loss
 
-    def evaluated(
-        self, y_true: Any, y_pred: Any, sample_weight: Any, extra: Mapping[str, Any]
+    def _build(
+        self,
+        y_true: Any,
+        y_pred: Any,
+        weight: Any,
+        extra: Mapping[str, Any],
+        batch: Mapping[str, Any],
     ) -> Any:
-        """As `__call__`, without a word to the layer that logs it."""
-        if in_symbolic_scope():
-            _refuse_fit_in_processes()
-        batch: Mapping[str, Any] = {}
-        if isinstance(sample_weight, Mapping):
-            batch, sample_weight = self._split(sample_weight)
-        self._function.check_names(extra, f"{self._function.name} was called with")
-        args = self._in_force(y_pred, batch, extra)
-        if args is None:
-            return keras.ops.zeros((), dtype=self.dtype)
-        evaluation = self._evaluation(args, y_pred, sample_weight)
-        try:
-            if keras.backend.backend() == "torch" and sample_weight is None:
-                return self._evaluated_eagerly(evaluation, y_true, y_pred)
-            return evaluation(y_true, y_pred, sample_weight)
-        except Exception as error:
-            if not isinstance(error, LossArgsError):  # these name the argument themselves
-                error.add_note(_called(self._function.name, y_true, y_pred, args, batch))
-            raise
-
-    def _evaluated_eagerly(self, evaluation: FunctionLoss, y_true: Any, y_pred: Any) -> Any:
-        """What `evaluation(y_true, y_pred)` gives, in fewer steps where there are no masks.
-
-        What Keras does around a loss for the other cases, compilers take out again. PyTorch does it
-        in each step, where it takes longer than a small loss computes.
-        """
-        are_tensors = keras.ops.is_tensor(y_true) and keras.ops.is_tensor(y_pred)
-        if not are_tensors or get_keras_mask(y_pred) is not None:
-            return evaluation(y_true, y_pred)
-        convert: Callable[..., Any] = keras.ops.convert_to_tensor
-        true, pred = convert(y_true, dtype=self.dtype), convert(y_pred, dtype=self.dtype)
-        same_rank = len(true.shape) == len(pred.shape)
-        values = (evaluation.fn if same_rank else evaluation.call)(true, pred)
-        mask = get_keras_mask(values)
-        values = convert(values, dtype=self.dtype)
-        size = math.prod(values.shape)
-        if self.reduction == "sum_over_batch_size" and mask is None and size:
-            total: Any = keras.ops.sum(values)
-            return total / size
-        return reduce_weighted_values(values, mask=mask, reduction=self.reduction, dtype=self.dtype)
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """The loss of each sample, before weights and reduction."""
-        args = self._in_force(y_pred, {}, {}) or {}
-        return self._evaluation(args, y_pred, None).call(y_true, y_pred)
-
-    def _in_force(
-        self, y_pred: Any, batch: Mapping[str, Any], extra: Mapping[str, Any]
-    ) -> Mapping[str, Any] | None:
-        """The arguments of one call, or `None` if there is nothing yet to take them from."""
-        steps = carried(y_pred)
-        step = steps.get(self.token)
-        args = {**self._args, **batch}
-        if step is not None:
-            args |= step.values
-        if extra:
-            args |= extra
-        # Metrics are computed of stand-ins first; on TensorFlow, this runs only to be traced.
-        looked_at = keras.backend.backend() == "tensorflow" or in_symbolic_scope()
-        if self._live and looked_at and in_metrics():
+        """Check a model before its first step, in which Keras computes the loss of stand-ins."""
+        model = model_being_built()
+        if model is not None and torch_processes() > 1:
+            raise EngineError(
+                f"torch.distributed runs {torch_processes()} processes, and on PyTorch Keras's "
+                "fit() trains in one: each would train a model of its own, on all the data it is "
+                "given. Write the loop yourself: parallel = DistributedDataParallel(model), "
+                "loss(y_true, parallel(x, training=True), ...).backward(), and a torch.optim "
+                "optimizer; examples/distributed.py has it."
+            )
+        if self._live and in_metrics():
             raise AttachError(
                 f"{self!r} has live arguments ({listed(self._live)}), and was given to compile as "
                 "a metric. Metrics are computed outside the step of the model, where these have no "
                 "value. Let the model track it: attach(..., loss, track=[this one])."
             )
+        layers = _attached_layers(model)
+        for layer in layers:
+            layer.prepare(model)
+        if any(self in layer.bound_losses for layer in layers):
+            return keras.ops.zeros((), dtype=self.dtype)  # stand-ins carry no values
+        step = model and Step(model, training=False, keeps_state=False)
+        return self.evaluate(y_true, y_pred, weight, extra, _Context(step, (), batch))
+
+    def evaluate(
+        self,
+        y_true: Any,
+        y_pred: Any,
+        weight: Any,
+        extra: Mapping[str, Any],
+        context: "_Context",
+        *,
+        reduction: Any = _OWN,
+    ) -> Any:
+        """Return the loss of a batch, without logging it.
+
+        Args:
+            y_true: The targets.
+            y_pred: The predictions.
+            weight: The weights of the samples, if any.
+            extra: Arguments for this call, by name.
+            context: Where the other arguments come from.
+            reduction: How the losses of the samples are reduced; by default as the loss says.
+        """
+        self._function.check_names(extra, f"{self._function.name} was called with")
+        args = self._resolve_args(context, extra)
+        model = context.step and context.step.model
+        is_checked = model is None or model in self._read_by
+        reduction = self.reduction if reduction is _OWN else reduction
+
+        def fn(y_true: Any, y_pred: Any) -> Any:
+            values = self._call_function(y_true, y_pred, args, context)
+            if weight is not None and _is_one_number(values, weight):
+                raise BatchError(
+                    f"{self._function.name} returned one number for the whole batch, and was given "
+                    "weights for its samples (sample_weight or class_weight): Keras would scale "
+                    "that number by their mean, and which samples they belong to would not matter."
+                    " Return one number for each sample, e.g. keras.ops.mean(..., axis=-1)."
+                )
+            return values
+
+        try:
+            # On TensorFlow the scope also keeps the order of reads and updates.
+            if is_checked and keras.backend.backend() != "tensorflow":
+                return self._reduce(fn, y_true, y_pred, weight, reduction)
+            with ReadScope() as scope:
+                loss = self._reduce(fn, y_true, y_pred, weight, reduction)
+        except Exception as error:
+            self._explain(error, y_true, y_pred, args, context)
+            raise
+        if not is_checked:
+            self._check_reads(scope, model)
+        return loss
+
+    def _call_function(
+        self, y_true: Any, y_pred: Any, args: Mapping[str, Any], context: "_Context"
+    ) -> Any:
+        """Call the user's function with all arguments, and check what it returns."""
+
+        def inner(leaf: Any) -> Any:
+            return _InnerLoss(leaf, context) if isinstance(leaf, BoundLoss) else leaf
+
+        def call(changed: Mapping[str, Any]) -> Any:
+            given = {**args, **changed}
+            given = {name: hand_on(value, self.dtype, name) for name, value in given.items()}
+            if self._inner:
+                given = {name: rebuilt(value, inner) for name, value in given.items()}
+            return self._function.fn(y_true, y_pred, **given)
+
+        values = call({})
+        if callable(values) and not keras.ops.is_tensor(values):
+            raise ArgumentError(
+                f"{self._function.name}(y_true, y_pred) returns a function, {values!r}, and not "
+                "a tensor. Move the extra arguments into one function: "
+                "def f(y_true, y_pred, delta=0.5): ..."
+            )
+        self._check_broadcast(values, y_pred, context, call)
+        return values
+
+    def _check_broadcast(
+        self, values: Any, y_pred: Any, context: "_Context", call: Callable[..., Any]
+    ) -> None:
+        """Raise if an entry of shape `(N,)` makes a square of the losses of `N` samples."""
+        shape = _shape(values)
+        if not context.batch or len(shape) != 2 or shape[0] != shape[1]:
+            return
+        flat = [n for n, v in context.batch.items() if self.takes(n) and len(_shape(v)) == 1]
+        for name in flat:
+            column = keras.ops.expand_dims(context.batch[name], -1)
+            try:
+                with Sandbox(collect_losses=True):
+                    other = _shape(call({name: column}))
+            except Exception:  # noqa: BLE001, S112 - then the function wants this shape
+                continue
+            if other != shape:
+                raise BatchError(
+                    f"The batch entry {name!r} of shape {_shape(context.batch[name])} gives "
+                    f"{self._function.name} losses of shape {shape}, where y_pred has "
+                    f"{_shape(y_pred)}: each sample would be combined with the values of all "
+                    f"others. Give it the shape {other}, e.g. {name}[:, None]."
+                )
+
+    def _reduce(
+        self, fn: Callable[..., Any], y_true: Any, y_pred: Any, weight: Any, reduction: Any
+    ) -> Any:
+        """Return what Keras makes of a plain function given to `compile`.
+
+        On PyTorch, without masks and weights, in fewer steps than Keras takes: compilers take out
+        what Keras does for other cases, PyTorch does it in each step.
+        """
+        convert: Callable[..., Any] = keras.ops.convert_to_tensor
+        if y_true is None:  # `fit(x)` without targets
+            without = keras.tree.map_structure(lambda y: keras.ops.cast(y, self.dtype), y_pred)
+            mask = get_keras_mask(y_pred)
+            return self._reduce_values(fn(None, without), mask, weight, reduction)
+        are_tensors = keras.ops.is_tensor(y_true) and keras.ops.is_tensor(y_pred)
+        is_plain = weight is None and are_tensors and get_keras_mask(y_pred) is None
+        loss = FunctionLoss(fn, reduction=reduction, name=self.name, dtype=self._policy)
+        if keras.backend.backend() != "torch" or not is_plain:
+            return loss(y_true, y_pred, weight)
+        true, pred = convert(y_true, dtype=self.dtype), convert(y_pred, dtype=self.dtype)
+        same_rank = len(true.shape) == len(pred.shape)
+        return self._reduce_values((fn if same_rank else loss.call)(true, pred), None, None, reduction)
+
+    def _reduce_values(self, values: Any, mask: Any, weight: Any, reduction: Any) -> Any:
+        convert: Callable[..., Any] = keras.ops.convert_to_tensor
+        own_mask = get_keras_mask(values)
+        mask = own_mask if mask is None else mask if own_mask is None else mask & own_mask
+        values = convert(values, dtype=self.dtype)
+        if mask is None and weight is None and reduction == "sum_over_batch_size":
+            size = math.prod(values.shape) if None not in values.shape else 0
+            if size:
+                total: Any = keras.ops.sum(values)
+                return total / size
+        return reduce_weighted_values(
+            values, sample_weight=weight, mask=mask, reduction=reduction, dtype=self.dtype
+        )
+
+    def _check_reads(self, scope: ReadScope, model: Any) -> None:
+        """Raise if the function read a variable that the model does not hold."""
+        held = {id(variable) for variable in (*model.variables, *model.metrics_variables)}
+        for key, variable in scope.variables.items():
+            if key not in held:
+                raise ArgumentError(
+                    f"{self._function.name} reads the variable {variable.path!r} of shape "
+                    f"{tuple(variable.shape)}, which is neither an argument nor a part of the "
+                    "model: JAX would freeze its value, and no backend would train or save it. "
+                    "Pass the variable, or the object that holds it, as an argument: "
+                    f"def {self._function.name}(y_true, y_pred, variable): ..."
+                )
+        self._read_by.add(model)
+
+    def _explain(
+        self, error: Exception, y_true: Any, y_pred: Any, args: Mapping[str, Any], context: "_Context"
+    ) -> None:
+        """Add to an exception of the user's function what the function was called with."""
+        if isinstance(error, LossArgsError):  # these name the argument themselves
+            return
+        name = self._function.name
+        if "KerasTensor" in str(error) and not in_symbolic_scope():
+            raise ArgumentError(
+                f"{name} uses a symbolic tensor (KerasTensor) that it was not given as an argument "
+                f"of the loss. Pass it: def {name}(y_true, y_pred, tensor): ..., and "
+                f"attach(model, {name}(tensor))."
+            ) from error
+        error.add_note(_called(name, y_true, y_pred, args, context.batch))
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """Return the loss of each sample, before weights and reduction."""
+        context = _Context(running_step(), get_step_values(y_pred), {})
+        return self.evaluate(y_true, y_pred, None, {}, context, reduction=None)
+
+    def _resolve_args(self, context: "_Context", extra: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the arguments of one call by name, those of the call first."""
+        args = {**self._args, **{n: v for n, v in context.batch.items() if self.takes(n)}}
+        carried = [one for one in context.values if self in one.layer.bound_losses]
+        training = context.step is not None and context.step.training
+        for one in carried:
+            args |= one.args_of(self, training=training)
+        args |= extra
         missing = self._function.missing(args)
-        unresolved = [
-            n for n in self._live if n not in extra and (not step or n not in step.values)
-        ]
-        dropped = step is None and self in _served and not in_symbolic_scope()
-        if not missing and not unresolved and not dropped:
-            return args
-        model = model_in_use()
-        attached = _attached_losses(model)
-        if in_symbolic_scope() and self in attached:
-            # Keras computes the loss once before the first step, of stand-ins that did not come
-            # from the model and carry nothing.
-            return None
-        if unresolved or (step is None and self in attached):
-            carrying = [_by_token[token] for token in steps if token in _by_token]
-            raise self._not_attached(unresolved or missing or self.parameters, carrying or attached)
+        unresolved = [name for name in self._live if not carried and name not in extra]
+        if unresolved or (not carried and self._is_attached(context)):
+            raise self._not_attached(unresolved or missing or self.parameters, context)
         if not missing:
             return args
         raise ArgumentError(
@@ -317,10 +440,21 @@ class BoundLoss(keras.losses.Loss):
             "batch."
         )
 
-    def _not_attached(self, names: Collection[str], others: Collection[Any]) -> AttachError:
-        """What is wrong if live arguments have no value."""
+    def _is_attached(self, context: "_Context") -> bool:
+        """Return whether a layer should have given arguments to this loss."""
+        if not self.layers:
+            return False
+        model = context.step and context.step.model
+        if model is not None:
+            return any(self in layer.bound_losses for layer in _attached_layers(model))
+        return any(layer.gives(self) for layer in self.layers)
+
+    def _not_attached(self, names: Collection[str], context: "_Context") -> AttachError:
+        """Return the error for live arguments without a value."""
         what = f"{self!r} has live arguments ({listed(names)}), which have a value only in a step "
-        others = [loss for loss in others if loss is not self]
+        model = context.step and context.step.model
+        layers = [values.layer for values in context.values] or _attached_layers(model)
+        others = [layer.loss for layer in layers if layer.loss is not self]
         if others:
             return AttachError(
                 f"{what}of a model they are attached to, and this model was attached to another "
@@ -335,38 +469,14 @@ class BoundLoss(keras.losses.Loss):
             f"loss(y_true, y_pred, {next(iter(names))}=...)."
         )
 
-    def _evaluation(self, args: Mapping[str, Any], source: Any, sample_weight: Any) -> FunctionLoss:
-        """A Keras function loss with these arguments filled in, for one call.
-
-        The arguments are kept in this closure only, so that threads never see each other's.
-
-        Args:
-            args: All arguments by name.
-            source: `y_pred` as it came, before Keras converted it.
-            sample_weight: The weights of the samples, if any.
-        """
-        function = self._function
-
-        def fn(y_true: Any, y_pred: Any) -> Any:
-            if self._inner and y_pred is not source:  # these look at what their `y_pred` carries
-                y_pred = carry(y_pred, carried(source))
-            given = {name: hand_on(v, self.dtype, name) for name, v in args.items()}
-            values = function.fn(y_true, y_pred, **given)
-            if sample_weight is not None and _is_one_number(values, sample_weight):
-                raise BatchError(
-                    f"{function.name} returned one number for the whole batch, and was given "
-                    "weights for its samples (sample_weight or class_weight): Keras would scale "
-                    "that number by their mean, and which samples they belong to would not matter."
-                    " Return one number for each sample, e.g. keras.ops.mean(..., axis=-1)."
-                )
-            return values
-
-        return FunctionLoss(fn, reduction=self.reduction, name=self.name, dtype=self._policy)
-
-    def _split(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-        """The extra arguments and the sample weight in the third element of the data."""
+    def _split(self, sample_weight: Any) -> tuple[Mapping[str, Any], Any]:
+        """Return the extra arguments and the sample weight in the third element of the data."""
+        if not isinstance(sample_weight, Mapping):
+            return {}, sample_weight
+        batch = {name: value for name, value in sample_weight.items() if name != SAMPLE_WEIGHT}
+        taken_inside = [n for n in batch if any(loss.takes(n) for loss in self._inner)]
         self._function.check_names(
-            [name for name in batch if name != SAMPLE_WEIGHT],
+            [name for name in batch if name not in taken_inside],
             "The batch (third element of the data) has an entry",
             error=BatchError,
             instead=(
@@ -374,8 +484,7 @@ class BoundLoss(keras.losses.Loss):
                 " ignore it: add **extra to its parameters."
             ),
         )
-        args = {name: value for name, value in batch.items() if name != SAMPLE_WEIGHT}
-        for name, value in args.items():
+        for name, value in batch.items():
             if value is None:
                 raise BatchError(
                     f"The batch entry {name!r} for {self._function.name} is None. Leave it out to "
@@ -388,13 +497,14 @@ class BoundLoss(keras.losses.Loss):
                     "array.astype('float32')."
                 )
         # Keras weights such a metric by the first entry of the dict, in the order of its keys.
-        if args and min(batch) != SAMPLE_WEIGHT and (metrics := weighted_metrics_in_use()):
+        first = min(sample_weight) if batch else SAMPLE_WEIGHT
+        if first != SAMPLE_WEIGHT and (metrics := weighted_metrics_in_use()):
             raise BatchError(
                 f"weighted_metrics={metrics} would be weighted by the batch entry "
-                f"{min(batch)!r}, since Keras takes the first entry of a dict for the sample "
+                f"{first!r}, since Keras takes the first entry of a dict for the sample "
                 "weights. Give these metrics as metrics=[...], without weights."
             )
-        return args, batch.get(SAMPLE_WEIGHT)
+        return batch, sample_weight.get(SAMPLE_WEIGHT)
 
     def get_config(self) -> dict[str, Any]:
         """What `from_config` needs to make this loss again.
@@ -409,7 +519,7 @@ class BoundLoss(keras.losses.Loss):
             "function": function.key,
             "module": function.module,
             "args": {
-                name: encode(rebuilt(value, self.saved_leaf), f"{name!r} of {function.name}()")
+                name: encode(value, f"{name!r} of {function.name}()", encode_live)
                 for name, value in self._args.items()
             },
         }
@@ -434,7 +544,7 @@ class BoundLoss(keras.losses.Loss):
             if unknown:  # what it asks for would not be done
                 raise ValueError(f"it has entries that are unknown here, {listed(sorted(unknown))}")
             function = registered(key, module)
-            decoded = {name: decode(value) for name, value in args.items()}
+            decoded = {name: decode(value, decode_live) for name, value in args.items()}
             try:
                 return cls.of(function, function.bind((), decoded), **options)
             except ArgumentError as error:
@@ -467,7 +577,7 @@ class BoundLoss(keras.losses.Loss):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        args = {name: rebuilt(value, self.saved_leaf) for name, value in self._args.items()}
+        args = {name: rebuilt(value, _pack) for name, value in self._args.items()}
         return _unpickled, (self._function, args, self._options())
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -497,31 +607,65 @@ class BoundLoss(keras.losses.Loss):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Packed:
+    """A live value as it is pickled."""
+
+    config: dict[str, Any]
+
+
+def _pack(leaf: Any) -> Any:
+    if not is_live(leaf):
+        return leaf
+    return _Packed(keras.saving.serialize_keras_object(encode_live(leaf)))
+
+
+def _unpack(leaf: Any) -> Any:
+    return decode_live(leaf.config) if isinstance(leaf, _Packed) else leaf
+
+
 def _unpickled(function: LossFunction, args: dict[str, Any], options: dict[str, Any]) -> BoundLoss:
+    args = {name: rebuilt(value, _unpack) for name, value in args.items()}
     return BoundLoss.of(function, args, **options)
 
 
-def serve(losses: Iterable[BoundLoss]) -> None:
-    """Remember that a layer gives arguments to these losses: without them they would be wrong."""
-    _served.update(losses)
+@dataclasses.dataclass(frozen=True)
+class _Context:
+    """Where the arguments of a loss come from that were not bound.
+
+    Attributes:
+        step: The step that is running, or `None` in a user's own loop.
+        values: What came with the predictions.
+        batch: The entries of the batch.
+    """
+
+    step: Step | None
+    values: Sequence[StepValues]
+    batch: Mapping[str, Any]
 
 
-def _refuse_fit_in_processes() -> None:
-    """Raise if Keras is about to train one model in several processes of PyTorch, each apart."""
-    if torch_processes() > 1 and model_in_use() is not None:
-        raise EngineError(
-            f"torch.distributed runs {torch_processes()} processes, and on PyTorch Keras's fit() "
-            "trains in one: each would train a model of its own, on all the data it is given. "
-            "Write the loop yourself: parallel = DistributedDataParallel(model), "
-            "loss(y_true, parallel(x, training=True), ...).backward(), and a torch.optim "
-            "optimizer; examples/distributed.py has it."
+class _InnerLoss:
+    """A bound loss as the function of another one calls it: one number for each sample."""
+
+    def __init__(self, loss: BoundLoss, context: _Context) -> None:
+        self._loss = loss
+        self._context = context
+
+    def __call__(
+        self, y_true: Any, y_pred: Any, sample_weight: Any = None, **extra: Any
+    ) -> Any:
+        return self._loss.evaluate(
+            y_true, y_pred, sample_weight, extra, self._context, reduction=None
         )
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loss, name)
 
-def _attached_losses(model: Any) -> list[Any]:
-    """The losses that layers of a model hand values to."""
+
+def _attached_layers(model: Any) -> list[Any]:
+    """Return the `LossArgs` layers of a model."""
     layers = [] if model is None else flat_layers(model)
-    return [loss for layer in layers for loss in getattr(layer, "bound_losses", ())]
+    return [layer for layer in layers if hasattr(layer, "bound_losses")]
 
 
 def _is_one_number(values: Any, sample_weight: Any) -> bool:
@@ -550,7 +694,8 @@ def _called(
         else:
             part = f"{argument}: {type(value).__name__}"
         parts.append(part)
-    return f"It was raised in the loss {name}, called with {'; '.join(parts)}."
+    lists = describe_lists(given)
+    return f"It was raised in the loss {name}, called with {'; '.join(parts)}. {lists}".rstrip()
 
 
 def _shape(values: Any) -> tuple[int | None, ...]:
