@@ -62,6 +62,13 @@ def message_of(error: LossArgsError) -> str:
     return " ".join(str(error).split())
 
 
+def values_on_tensors() -> dict[int, object]:
+    """What Keras keeps for tensors of JAX that take no attributes."""
+    from keras.src.backend.common.global_state import get_global_attribute
+
+    return get_global_attribute("_lossargs_steps_dict") or {}
+
+
 def run_python(code: str, *, backend: str = BACKEND, cwd: Path = TESTS) -> str:
     """What a fresh process prints that runs this code; fails if the process does."""
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}

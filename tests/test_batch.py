@@ -239,7 +239,7 @@ def test_factory_given_to_compile_without_calling_it(data):
     for factory in (shifted, scaled, with_args(two)):
         with pytest.raises(ArgumentError) as error:
             compiled(factory).evaluate(data.x, data.y, verbose=0)
-        assert "compile(loss=" in message_of(error.value)
+        assert "call it: loss=" in message_of(error.value)
 
 
 @pytest.mark.fit

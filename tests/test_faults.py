@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import losses
-from helpers import BACKEND, KERAS, linear_model
-from lossargs import ArgumentError, BatchError, _carried, attach, with_args
+from helpers import BACKEND, KERAS, linear_model, values_on_tensors
+from lossargs import ArgumentError, BatchError, attach, with_args
+from lossargs._live import StepValues
 
 pytestmark = pytest.mark.fit
 
@@ -59,7 +60,7 @@ def test_exception_in_the_function(data, how, broken):
     gone = weakref.ref(model)
     del model
     gc.collect()
-    assert not _carried._by_id
+    assert not values_on_tensors()
     if BACKEND == "torch":
         assert gone() is None
 
@@ -234,9 +235,9 @@ def test_nothing_stays_on_tensors_of_a_failed_step(data, mask):
 def assert_nothing_is_carried():
     keras.backend.clear_session()
     gc.collect()
-    assert not _carried._by_id
+    assert not values_on_tensors()
     if BACKEND != "tensorflow":  # whose graphs keep tensors and what these carry
-        assert not [one for one in gc.get_objects() if isinstance(one, _carried.Step)]
+        assert not [one for one in gc.get_objects() if isinstance(one, StepValues)]
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["compiled", "eager"])

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from keras import ops
 
-import lossargs._carried
 import losses
 from helpers import BACKEND, KERAS, WHILE_BUILDING, linear_model, message_of, predictions, to_float
 from lossargs import AttachError, LossArgs, attach, live_args, with_args
@@ -786,7 +785,7 @@ def test_nothing_is_left_on_tensors(data):
         model.predict(inputs, verbose=0)
         model(inputs)
     gc.collect()
-    assert not lossargs._carried._by_id
+    assert not values_on_tensors()
 
 
 def test_nothing_is_left_where_losses_read_outputs(data):
@@ -800,4 +799,4 @@ def test_nothing_is_left_where_losses_read_outputs(data):
         model.train_on_batch(data.x, y)
         model(data.x)
     gc.collect()
-    assert not lossargs._carried._by_id
+    assert not values_on_tensors()

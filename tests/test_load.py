@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from keras import ops
 
-import lossargs._carried
 import losses
 from helpers import BACKEND, linear_model, predictions, to_float
 from lossargs import attach, live_args, with_args
@@ -157,7 +156,7 @@ def test_steps_leave_nothing_behind(epochs_and_steps):
     assert not grows(measured.objects, steps, OBJECT), measured.objects
     if steps == 1000:  # fewer show nothing beside what the allocators do
         assert not grows(measured.memory, steps, BYTES), measured.memory
-    assert not lossargs._carried._by_id
+    assert not values_on_tensors()
 
 
 @pytest.mark.fit
@@ -254,7 +253,7 @@ def test_threads_share_an_attached_model():
         expected.append(np.mean(pred**2) + 2 + 3 * thread + 0.5 * np.mean(hidden**2))
     np.testing.assert_allclose(in_threads(value), expected, rtol=1e-5)
     gc.collect()
-    assert not lossargs._carried._by_id
+    assert not values_on_tensors()
 
 
 # Models

@@ -367,7 +367,7 @@ def _attach_functional(model: Any, loss: Any, track: Any) -> Any:
     if list(attached.output_names) != list(model.output_names):
         attached.output_names = list(model.output_names)
         for layer in layers:
-            layer.loses_output_name = True
+            layer.loses_output_name = len(model.outputs) > 1
     return attached
 
 
@@ -390,7 +390,8 @@ def _functional(model: Any, inputs: Any, outputs: Any) -> Any:
     if type(model) in (Functional, AttachedModel):
         flat = keras.tree.flatten(outputs)
         is_attached = any(isinstance(origin(output)[0], LossArgs) for output in flat)
-        new = (AttachedModel if is_attached else Functional)(inputs, outputs, name=model.name)
+        cls = AttachedModel if is_attached and len(flat) > 1 else Functional
+        new = cls(inputs, outputs, name=model.name)
     elif keeps_constructor(model, Functional):
         new = new_like(model, Functional, inputs, outputs)
     else:

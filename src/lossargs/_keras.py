@@ -142,9 +142,9 @@ class ReadScope(keras.StatelessScope):
 def snapshot(variable: keras.Variable) -> Any:
     """Return the value of a variable as it is now, in its own precision."""
     with AutocastScope(None), ReadScope():
-        value = keras.ops.convert_to_tensor(variable.value)
-    # PyTorch assigns in place.
-    return value.clone() if keras.backend.backend() == "torch" else value
+        # The values of JAX cannot change.
+        value: Any = variable.value
+        return value if keras.backend.backend() == "jax" else keras.ops.copy(value)
 
 
 def alias(tensor: Any) -> Any:
@@ -260,11 +260,13 @@ class Step:
     Attributes:
         model: The model; `None` where the step is compiled by PyTorch.
         training: Whether this is a step of training.
+        has_loss: Whether the step computes a loss.
         keeps_state: Whether variables that are assigned in the loss keep their values.
     """
 
     model: Any
     training: bool
+    has_loss: bool
     keeps_state: bool
 
 
@@ -272,12 +274,13 @@ def running_step() -> Step | None:
     """Return the step that a model runs, or `None` in a user's own loop."""
     if is_compiled_by_torch():
         # A look at the stack would break the graph. Keras evaluates without gradients.
-        return Step(None, sys.modules["torch"].is_grad_enabled(), keeps_state=True)
+        return Step(None, sys.modules["torch"].is_grad_enabled(), has_loss=True, keeps_state=True)
     keeps_state = keras.backend.backend() != "jax"
     names = ("train_step", "test_step", "predict_step", "compute_loss_and_updates")
     for frame, model in _method_calls(keras.Model, *names):
-        if frame.f_code.co_name != "compute_loss_and_updates":
-            return Step(model, frame.f_code.co_name == "train_step", keeps_state)
+        name = frame.f_code.co_name
+        if name != "compute_loss_and_updates":
+            return Step(model, name == "train_step", name != "predict_step", keeps_state)
         # On JAX only Keras's own step evaluates the loss with the state of the model.
         if frame.f_code is _code_of(keras.Model, "compute_loss_and_updates"):
             keeps_state = True

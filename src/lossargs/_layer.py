@@ -1,6 +1,7 @@
 """`LossArgs`: the layer that keeps live arguments and hands them to the loss in each step."""
 
 import dataclasses
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
@@ -14,10 +15,12 @@ from lossargs._keras import (
     called_for_training,
     flat_layers,
     follow_in_epochs,
+    give_variables_back,
     in_legacy_saving,
     in_sharing_scope,
     in_symbolic_scope,
     metric_names,
+    model_being_built,
     own_variables,
     running_step,
     unscale_loss_for_distribution,
@@ -176,7 +179,7 @@ class LossArgs(keras.Layer):
         )
         self.loss = loss
         self._given: set[str] = set()  # names of arguments in calls of this layer
-        self._error: LossArgsError | None = None
+        self._prepared: weakref.WeakSet[keras.Model] = weakref.WeakSet()
         self.new_inputs = None if new_inputs is None else tuple(new_inputs)
         self.loses_output_name = False
         # For Keras to find them.
@@ -265,9 +268,17 @@ class LossArgs(keras.Layer):
     ) -> Any:
         """As `__call__`, with all arguments by name in `given`."""
         given = dict(given or {})
-        if in_symbolic_scope():
-            return self._build(y_pred, tensors, given)
-        self._check(tensors, given)
+        if in_symbolic_scope():  # Keras hides errors that a layer raises here
+            self._prepared.discard(model_being_built())
+            return y_pred
+        step = running_step()
+        try:
+            self._check(tensors, given)
+            if step is not None and step.has_loss:
+                self._prepare_once(step.model)
+        except LossArgsError:
+            give_variables_back()
+            raise
         self._given.update(given)
         inputs = iter(tensors)
         by_adapter = {one.adapter: given[one.label] for one in self.live if one.label in given}
@@ -275,25 +286,11 @@ class LossArgs(keras.Layer):
         for adapter in self.adapters:
             tensor = next(inputs, None) if adapter.reads_tensor else None
             read.append(adapter.read(by_adapter.get(adapter, tensor)))
-        step = running_step()
         values = StepValues(self, read, given)
         if step is None or not step.keeps_state:
             # In a user's own loop, the loss may be evaluated where variables cannot be assigned.
             values.values = self.compute_values(read, called_for_training())
         return set_step_values(y_pred, values)
-
-    def _build(self, y_pred: Any, tensors: Sequence[Any], given: Mapping[str, Any]) -> Any:
-        """Look at a call while Keras builds the model; the loss raises what is wrong.
-
-        Keras hides errors that a layer raises here.
-        """
-        try:
-            self._check(tensors, given)
-        except LossArgsError as error:
-            self._error = error
-        else:
-            self._error = None
-        return y_pred
 
     def compute_output_spec(
         self,
@@ -382,6 +379,14 @@ class LossArgs(keras.Layer):
             size: Any = keras.ops.shape(y_pred)[0] if len(y_pred.shape) else None
             metric.update_state(value, sample_weight=size)
 
+    def _prepare_once(self, model: Any) -> None:
+        # TensorFlow runs this code only in a trace.
+        if model is not None and (
+            model not in self._prepared or keras.backend.backend() == "tensorflow"
+        ):
+            self.prepare(model)
+            self._prepared.add(model)
+
     def prepare(self, model: keras.Model) -> None:
         """Check this layer, and name its logs, for the model that it is in.
 
@@ -389,10 +394,8 @@ class LossArgs(keras.Layer):
             model: The model that is about to run its first step.
 
         Raises:
-            AttachError: The call of the layer was wrong, or the model has another loss.
+            AttachError: The model has another loss, or two names in its logs are equal.
         """
-        if self._error is not None:
-            raise self._error
         given = keras.tree.flatten(getattr(model, "loss", None))
         compiled = [loss for loss in given if loss is not None]
         if compiled and self.loss not in compiled:
@@ -414,8 +417,9 @@ class LossArgs(keras.Layer):
         owners = {
             id(variable): (layer, place)
             for layer in layers
-            if layer is not self
+            for own in [_ids_of_weights(layer)]
             for place, variable in enumerate(layer.weights)
+            if id(variable) in own
         }
         for adapter in self.adapters:
             if isinstance(adapter, VariableAdapter) and id(adapter.variable) in owners:
@@ -466,6 +470,12 @@ class LossArgs(keras.Layer):
             losses = [load_object(one, BoundLoss) for one in (loss, *track)]
             options = {name: config[name] for name in ("name", "trainable") if name in config}
             return cls(losses[0], track=losses[1:], new_inputs=new_inputs, **options)
+
+
+def _ids_of_weights(layer: keras.Layer) -> set[int]:
+    """Return the ids of the weights of a layer, without those of live arguments."""
+    inside = [one for one in flat_layers(layer) if not isinstance(one, Adapter)]
+    return {id(variable) for one in inside for variable in own_variables(one)}
 
 
 def check_is_bound(loss: Any) -> None:

@@ -129,6 +129,9 @@ class Adapter(keras.Layer):
         """The `keras.Variable` that a user may assign, if there is one."""
         return None
 
+    def __str__(self) -> str:
+        return f"<{type(self).__name__}>"
+
     # No property: Keras looks for weights in all of these.
     def get_bound_value(self) -> Any:
         """Return what a loss that was loaded holds for this adapter."""
@@ -205,6 +208,9 @@ class VariableAdapter(Adapter):
 
     def get_bound_value(self) -> Any:
         return self if self._variable is None else self._variable
+
+    def __str__(self) -> str:
+        return show(self.variable)
 
     def get_owner(self) -> Any:
         """Return the layer that the variable is a weight of, or `None`."""
@@ -315,16 +321,23 @@ class TensorAdapter(Adapter):
     adapts = keras.KerasTensor
     reads_tensor = True
 
-    def __init__(self, tensor: Any = None, shape: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self, tensor: Any = None, shape: Any = None, tensor_name: str = "", **kwargs: Any
+    ) -> None:
         super().__init__(tensor, **kwargs)
         known = shape if tensor is None else tensor.shape
         self.shape = None if known is None else tuple(known)  # JSON has no tuples
+        self.tensor_name = tensor_name if tensor is None else tensor.name
+
+    def __str__(self) -> str:
+        return f"<symbolic tensor {self.tensor_name!r} {self.shape}>"
 
     def value(self, tensor: Any, training: bool) -> Any:  # noqa: ARG002
         return tensor
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "shape": self.shape}
+        config = super().get_config()
+        return {**config, "shape": self.shape, "tensor_name": self.tensor_name}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
@@ -332,6 +345,7 @@ class TensorAdapter(Adapter):
             shape = checked(config, "shape", list, tuple, type(None))
             if not all(n is None or (type(n) is int and n >= 0) for n in shape or ()):
                 raise ValueError(f"no shape: {shape}")
+            checked(config, "tensor_name", str)
             adapter: Self = super().from_config(config)
             return adapter
 

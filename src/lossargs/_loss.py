@@ -246,7 +246,7 @@ class BoundLoss(keras.losses.Loss):
             layer.prepare(model)
         if any(self in layer.bound_losses for layer in layers):
             return keras.ops.zeros((), dtype=self.dtype)  # stand-ins carry no values
-        step = model and Step(model, training=False, keeps_state=False)
+        step = model and Step(model, training=False, has_loss=True, keeps_state=False)
         return self.evaluate(y_true, y_pred, weight, extra, _Context(step, (), batch))
 
     def evaluate(
@@ -395,7 +395,8 @@ class BoundLoss(keras.losses.Loss):
                     "Pass the variable, or the object that holds it, as an argument: "
                     f"def {self._function.name}(y_true, y_pred, variable): ..."
                 )
-        self._read_by.add(model)
+        if not in_symbolic_scope():  # stand-ins of PyTorch draw no random numbers
+            self._read_by.add(model)
 
     def _explain(
         self, error: Exception, y_true: Any, y_pred: Any, args: Mapping[str, Any], context: "_Context"

@@ -388,7 +388,7 @@ def show(value: Any) -> str:
     if isinstance(value, Saved):
         return value.shown
     if is_live(value):
-        return f"<{type(value).__name__}>"
+        return str(value) if isinstance(value, keras.Layer) else f"<{type(value).__name__}>"
     return repr(value)
 
 
