@@ -106,7 +106,6 @@ class BoundLoss(keras.losses.Loss):
             ArgumentError: A value can be neither followed nor bound as a constant.
             SignatureError: The function captures a variable or a symbolic tensor.
         """
-        function.refuse_live_captures()
         taken = {n: take(args[n], f"{n!r} of {function.name}()") for n in function.in_order(args)}
         options = {"name": name, "reduction": reduction, "dtype": dtype or keras.config.floatx()}
         values = tuple((name, identity(value)) for name, value in taken.items())
