@@ -1,7 +1,6 @@
-"""A user's loss function: what it takes, and the name it is saved and loaded by."""
+"""A user's loss function: its extra parameters, and the name that saved losses hold."""
 
 import contextlib
-import dis
 import functools
 import inspect
 import pkgutil
@@ -24,7 +23,7 @@ from lossargs._errors import (
 from lossargs._keras import get_object_name
 from lossargs._values import identity, show, take
 
-# `loss(y_true, y_pred, sample_weight=None, **extra)` has these names for itself.
+# Parameters of `loss(y_true, y_pred, sample_weight=None, **extra)`.
 RESERVED = ("y_true", "y_pred", "sample_weight")
 
 _registry: "dict[str, LossFunction]" = {}
@@ -36,14 +35,14 @@ class LossFunction:
 
     Attributes:
         fn: The function itself.
-        name: What messages and `repr` call it.
-        log_name: What Keras would call it in the logs.
-        key: `package>name`, what a saved loss is found by.
+        name: Its name in messages and in `repr`.
+        log_name: Its name in the logs of Keras.
+        key: `package>name`, the name that a saved loss holds.
         signature: Its signature without the first two parameters.
         takes_any_name: Whether it has a `**extra` parameter.
-        module: The module that another process would import it from.
+        module: The module that another process imports it from.
         qualname: Its name there.
-        origin: The place where it is written; equal for two readings of one place.
+        origin: The file and the qualified name; equal if one place is read twice.
     """
 
     def __init__(self, fn: Callable[..., Any], *, name: str | None, package: str | None) -> None:
@@ -54,7 +53,7 @@ class LossFunction:
         parameters = self.signature.parameters.values()
         self._named = {p.name: p for p in parameters if p.kind is not p.VAR_KEYWORD}
         self.takes_any_name = len(self._named) < len(self.signature.parameters)
-        # What Keras gives by position can be given by name too, unless there is a `/` after it.
+        # The first two parameters also have names, unless a `/` follows them.
         two = list(inspect.signature(fn).parameters.values())[:2]
         self._first_two = tuple(p.name for p in two if p.kind is p.POSITIONAL_OR_KEYWORD)
         self._required = tuple(n for n, p in self._named.items() if p.default is p.empty)
@@ -63,18 +62,11 @@ class LossFunction:
         self._given = {"name": name, "package": package}
         self.module, self.qualname, file = _home(fn, self._layers[-1])
         self.key = f"{package or self.module}>{name or self.qualname}"
-        # Two functions at one place of one file are one function, read again: a module reloaded or
-        # run as a script beside its import, a notebook cell run once more.
+        # A reloaded module, or a notebook cell that is run again, defines the same function again.
         self.origin = (file or self.module, self.qualname)
-        self._globals_read = [
-            (name, layer.__globals__)
-            for layer in self._layers
-            for name in sorted(set(_global_names(_code(layer))))
-        ]
-        self.refuse_live_captures()
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of `factory(*args, **kwargs)` by name; any may be left out.
+        """Return the arguments of `factory(*args, **kwargs)` by name; none is required.
 
         Raises:
             ArgumentError: Too many, unknown, or given twice.
@@ -107,16 +99,16 @@ class LossFunction:
 
     @property
     def parameters(self) -> list[str]:
-        """The extra parameters but for `**extra`."""
+        """The names of the extra parameters, without `**extra`."""
         return list(self._named)
 
     def in_order(self, given: Collection[str]) -> list[str]:
-        """The names given as the function can tell them apart: its own first, then `**extra`."""
+        """Return the names in the order of the function: its parameters, then `**extra`."""
         named = [name for name in self._named if name in given]
         return [*named, *(name for name in given if name not in self._named)]
 
     def takes(self, name: str) -> bool:
-        """Whether there is an extra parameter of that name."""
+        """Return whether the function accepts an extra argument of that name."""
         if name in self._named:
             return True
         free = name not in RESERVED and name not in self._first_two
@@ -130,7 +122,7 @@ class LossFunction:
         error: type[LossArgsError] = ArgumentError,
         instead: str = "",
     ) -> None:
-        """Raise `error` for the first of the names that the function does not take."""
+        """Raise `error` for the first name that the function does not take."""
         for name in names:
             if not self.takes(name):
                 known = list(self._named)
@@ -140,59 +132,35 @@ class LossFunction:
                 )
 
     def missing(self, given: Collection[str]) -> list[str]:
-        """The extra parameters without a default that are not among those given."""
+        """Return the extra parameters that have no default and are not given."""
         return [name for name in self._required if name not in given]
 
-    def refuse_live_captures(self) -> None:
-        """Raise for a variable or symbolic tensor that the function reads from around itself."""
-        for name, value in self._captured():
-            inside = value.values() if isinstance(value, dict) else value
-            leaves = inside if isinstance(value, (dict, list, tuple)) else [value]
-            for leaf in leaves:
-                if isinstance(leaf, (keras.Variable, keras.KerasTensor)):
-                    is_variable = isinstance(leaf, keras.Variable)
-                    kind = "a keras.Variable" if is_variable else "a symbolic tensor"
-                    raise SignatureError(
-                        f"{self.name} uses {name!r} from outside, {kind}. Keras does not see it "
-                        "there: on JAX its value is frozen into the compiled step, and "
-                        "nowhere is it trained or saved. Make it an argument, "
-                        f"def {self.name}(y_true, y_pred, {name}), and give it by that name."
-                    )
-
-    def _captured(self) -> Iterator[tuple[str, Any]]:
-        """All that the function reads but is not given in a call."""
-        for name, namespace in self._globals_read:
-            yield name, namespace.get(name)
-        yield from self._enclosed()
-        for name, parameter in self._named.items():
-            yield name, parameter.default
-
-    def _enclosed(self) -> Iterator[tuple[str, Any]]:
-        """What it holds of its own: captured variables, attributes, the arguments of a partial."""
+    def _captured(self) -> Iterator[str]:
+        """Yield the names of captured variables, attributes and arguments of partials."""
         for layer in self._layers:
             code = _code(layer)
             if code is not None:
                 cells = zip(code.co_freevars, layer.__closure__ or (), strict=True)
-                held = [(name, _content(cell)) for name, cell in cells]
+                held = {name: _content(cell) for name, cell in cells}
             elif isinstance(layer, functools.partial):
-                held = [*(("args", value) for value in layer.args), *layer.keywords.items()]
+                held = {"args": layer.args, **layer.keywords}
             else:
-                held = list(getattr(getattr(layer, "__self__", layer), "__dict__", {}).items())
-            # A decorator holds the function below it, which is looked at by itself.
-            yield from (item for item in held if all(item[1] is not f for f in self._layers))
+                held = getattr(getattr(layer, "__self__", layer), "__dict__", {})
+            # A decorator holds the function below it, which is a layer of its own.
+            yield from (n for n, value in held.items() if all(value is not f for f in self._layers))
 
     def _same_source(self, other: "LossFunction") -> bool:
-        """Whether two functions of one place are written alike, on whatever line."""
+        """Return whether two functions have the same code; line numbers do not count."""
         return len(self._layers) == len(other._layers) and all(
             _source(one) == _source(two)
             for one, two in zip(self._layers, other._layers, strict=True)
         )
 
     def refuse_saving(self) -> None:
-        """Raise if a saved loss could not find this same function again.
+        """Raise if a saved loss could not find this function when it is loaded.
 
         Raises:
-            SavingError: The function is a lambda, captures variables, or was replaced since.
+            SavingError: The function is a lambda, captures variables, or was defined again.
         """
         remedy = "Write it with `def` at the top of a module"
         if self.qualname.endswith("<lambda>"):
@@ -206,7 +174,7 @@ class LossFunction:
                 f"{self.name} is a {type(self.fn).__name__}, not a function: what it holds "
                 f"would not be saved with the loss. {remedy}, and make what it holds an argument."
             )
-        captured = [name for name, _ in self._enclosed()]
+        captured = list(self._captured())
         if captured and not self._is_at_its_place():
             raise SavingError(
                 f"{self.name} captures {listed(captured)} from the function around it, which would "
@@ -226,7 +194,7 @@ class LossFunction:
         return f"{self.fn.__module__}:{getattr(self.fn, '__qualname__', '')}"
 
     def _is_at_its_place(self) -> bool:
-        """Whether importing its module gives this very function."""
+        """Return whether the module has this function under its name."""
         try:
             return _function_at(self._place) is self.fn
         except (ImportError, AttributeError, ValueError):
@@ -245,11 +213,10 @@ class LossFunction:
 def inspected(
     fn: Callable[..., Any], *, name: str | None = None, package: str | None = None
 ) -> LossFunction:
-    """The `LossFunction` of a function, registered under its name for loading.
+    """Return the `LossFunction` of a function, and register it for loading.
 
     Raises:
-        SignatureError: The function cannot take extra arguments as a loss does, or another function
-            is registered under its name.
+        SignatureError: The function has no valid signature, or another one has its name.
     """
     new = LossFunction(fn, name=name, package=package)
     with _registry_lock:
@@ -268,14 +235,14 @@ def inspected(
 
 
 def registered(key: str, module: str) -> LossFunction:
-    """The function that a saved loss names.
+    """Return the function that a saved loss names.
 
     Args:
         key: `package>name` of the function.
-        module: Where it was defined when the loss was saved; for the message only.
+        module: The module that defined it when the loss was saved; only for the message.
 
     Raises:
-        SavingError: There is none of that name in this process.
+        SavingError: This process has no function of that name.
     """
     package, _, name = key.partition(">")
     for custom_name in (key, name):  # from custom_objects={...} of `load_model`
@@ -305,14 +272,14 @@ def _is_keras_loss(fn: types.FunctionType) -> bool:
 
 
 def function_of(factory: Any) -> LossFunction | None:
-    """The function of a loss factory; `None` for anything else."""
+    """Return the function of a loss factory, or `None`."""
     function = getattr(factory, "function", None)
     return function if isinstance(function, LossFunction) else None
 
 
 def _function_at(place: str) -> Any:
     found = pkgutil.resolve_name(place)
-    function = function_of(found)  # a factory stands where its function stood
+    function = function_of(found)  # a decorated function is a factory
     return found if function is None else function.fn
 
 
@@ -321,7 +288,7 @@ def _unpickled(place: str, given: dict[str, str | None]) -> LossFunction:
 
 
 def _extra_signature(fn: Any, name: str) -> inspect.Signature:
-    """The signature without the first two parameters, or an error that says what to write."""
+    """Return the signature without its first two parameters, or raise."""
     example = (
         f"Write `def {name if name.isidentifier() else 'my_loss'}(y_true, y_pred, shift): ...`"
     )
@@ -362,7 +329,7 @@ def _extra_signature(fn: Any, name: str) -> inspect.Signature:
 
 
 def _layers(fn: Any) -> tuple[Any, ...]:
-    """The function and those below it: of decorators that use functools.wraps, and of partials."""
+    """Return the function, and the ones that its decorators and partials hold."""
     layers = [fn]
     while below := getattr(layers[-1], "__wrapped__", None) or getattr(layers[-1], "func", None):
         layers.append(below)
@@ -370,14 +337,16 @@ def _layers(fn: Any) -> tuple[Any, ...]:
 
 
 def _home(fn: Any, inner: Any) -> tuple[str, str, str | None]:
-    """Module and qualified name by which another process finds the function, and its file."""
+    """Return the module and qualified name for another process, and the file."""
     qualname = getattr(fn, "__qualname__", type(fn).__qualname__)
     names = getattr(inner, "__globals__", {})
     module, file = fn.__module__, names.get("__file__")
+    if isinstance(fn, functools.partial):  # its own module is `functools`
+        module, qualname = getattr(inner, "__module__", module), "partial"
     if getattr(keras.losses, qualname, None) is fn:
-        module = "keras.losses"  # whatever private module it lives in
+        module = "keras.losses"  # its public module
     elif module in ("__main__", "__mp_main__"):
-        # The name under which another process will import the script.
+        # Another process imports the script under this name.
         spec = names.get("__spec__")
         if spec is not None and spec.name != "__main__":
             module = spec.name
@@ -391,19 +360,19 @@ def _code(fn: Any) -> types.CodeType | None:
 
 
 def _source(fn: Any) -> Any:
-    """What is written in a function: its code without lines, and its defaults."""
+    """Return the code of a function without line numbers, and its defaults."""
     code = _code(fn)
     if code is None:
         return type(fn)
     defaults = {**(fn.__kwdefaults__ or {}), "": fn.__defaults__}
     try:
         return _without_lines(code), identity(take(defaults, fn.__name__))
-    except ArgumentError:  # a default that could not be bound, a set say
+    except ArgumentError:  # a default that cannot be bound, e.g. a set
         return _without_lines(code), repr(defaults)
 
 
 def _content(cell: types.CellType) -> Any:
-    with contextlib.suppress(ValueError):  # not assigned yet
+    with contextlib.suppress(ValueError):  # the variable is not assigned yet
         return cell.cell_contents
     return None
 
@@ -414,15 +383,3 @@ def _without_lines(code: types.CodeType) -> types.CodeType:
         for constant in code.co_consts
     )
     return code.replace(co_consts=constants, co_firstlineno=0, co_linetable=b"", co_filename="")
-
-
-def _global_names(code: types.CodeType | None) -> Iterator[str]:
-    """The global names that a function, and the functions written inside it, read."""
-    if code is None:
-        return
-    for instruction in dis.get_instructions(code):
-        if instruction.opname == "LOAD_GLOBAL":
-            yield instruction.argval
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _global_names(constant)

@@ -1,14 +1,17 @@
-"""Bound values: how each is taken, compared, handed on, shown, and saved."""
+"""Values of arguments: bind, compare, convert, show and save them."""
 
 import base64
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
+import re
 import textwrap
 import types
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from numbers import Real
 from typing import Any, Self
 
 import keras
@@ -16,15 +19,16 @@ import numpy as np
 
 from lossargs._errors import ArgumentError, LossArgsError, SavingError
 
-_PLAIN = (type(None), bool, int, str)  # what JSON keeps as it is, but for floats
-_LONG = 2048  # bits of an integer; Python refuses to write much longer ones in decimal
-_DEEPEST = 32  # of containers in containers; Keras's serialization takes ten calls for each
+_PLAIN = (type(None), bool, int, str)  # JSON keeps them exactly
+_BEYOND = 10**4300  # Python does not print longer integers
+_DEEPEST = 32  # nested containers; Keras's serialization needs ten calls for each
 _ATOMS = (*_PLAIN, float, complex, bytes)
 
 _NO_NUMBERS = "SUMm"  # kinds of dtypes: text, dates and times
-_USER_DEFINED = 2  # of `dtype.isbuiltin`: those of ml_dtypes, as bfloat16
+_USER_DEFINED = 2  # `dtype.isbuiltin` of a dtype of ml_dtypes, e.g. bfloat16
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
-# Holds variables, or is used up: as a constant it would be read once, when the step is traced.
+# They hold variables or are used up. A constant is read once, when the step is traced.
 _REFUSED = {
     "a layer": keras.Layer,
     "a metric": keras.Metric,
@@ -33,18 +37,17 @@ _REFUSED = {
     "an iterator": Iterator,
 }
 
-
-# Types whose values change from step to step; `lossargs.Adapter` adds to them.
+# Types whose values change between steps; `lossargs.Adapter` adds to them.
 live_types: list[type] = []
 
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """A live value of a loss that was saved: the layer saved with it keeps the value itself.
+    """Represents a live value in a saved loss; the layer that is saved with it has the value.
 
     Attributes:
-        id: What the layer finds it by.
-        shown: What it was.
+        id: The key of the value in the layer.
+        shown: The `repr` of the value.
     """
 
     id: str
@@ -54,27 +57,27 @@ class Saved:
 @keras.saving.register_keras_serializable(package="lossargs")
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Stands in arguments for a value that each step fills in: its place in a list of values."""
+    """Represents a value that each step fills in, by its index in a list."""
 
     index: int
 
     def get_config(self) -> dict[str, int]:
-        """For Keras to write it."""
+        """Return the config for Keras."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_config(cls, config: dict[str, int]) -> Self:
-        """For Keras to read it."""
+        """Make a slot from its config."""
         return cls(**config)
 
 
 def is_live(value: Any) -> bool:
-    """Whether the value changes from step to step, and has to be handed over in each."""
+    """Return whether the value belongs to a model and can change between steps."""
     return isinstance(value, (Saved, *live_types))
 
 
 def live_leaves(value: Any) -> Iterator[tuple[str, Any]]:
-    """The live values in a bound one, each with where it stands: `""`, `"_0"`, `"_key"`."""
+    """Yield the live values in a bound value, each with its place: `""`, `"_0"`, `"_key"`."""
     if is_live(value):
         yield "", value
     elif isinstance(value, dict):
@@ -87,23 +90,24 @@ def live_leaves(value: Any) -> Iterator[tuple[str, Any]]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Tensor:
-    """A tensor of the backend as it was when bound; torch could change the tensor itself."""
+    """A copy of a tensor of the backend; torch tensors can change in place."""
 
     array: np.ndarray[Any, Any]
 
 
 def take(value: Any, where: str, depth: int = 0) -> Any:
-    """A value that is to be bound: a copy, so that later changes change nothing, unless live.
+    """Return a copy of a value that the user binds; live values are not copied.
 
     Args:
-        value: What the user gave.
-        where: The argument it was given for, for the message: `` `shift` of shifted() ``.
-        depth: In how many containers it stands.
+        value: The value.
+        where: The name of the argument in messages: `'shift' of shifted()`.
+        depth: The number of containers around the value.
 
     Raises:
         ArgumentError: The value is neither live nor a constant.
     """
     if type(value) in _ATOMS or isinstance(value, _Tensor) or is_live(value):
+        _refuse_long(value, where)
         return value
     if isinstance(value, np.generic):
         _refuse_dtype(value.dtype, where)
@@ -135,6 +139,7 @@ def take(value: Any, where: str, depth: int = 0) -> Any:
         return _Tensor(_value_of_tensor(value, where))
     if hasattr(value, "__array__"):
         return _take_array(value, where)
+    _refuse_parts(value, where)
     try:
         hash(value)
     except TypeError:
@@ -143,6 +148,35 @@ def take(value: Any, where: str, depth: int = 0) -> Any:
             "be compared. Give a number, a string, an array, or a list, tuple or dict of these."
         ) from None
     return value
+
+
+def _refuse_long(value: Any, where: str) -> None:
+    if type(value) is int and abs(value) >= _BEYOND:
+        raise ArgumentError(
+            f"{where} is an integer of more than 4300 digits, which Python does not print. Bind a "
+            "float, or the digits as a string."
+        )
+
+
+def _refuse_parts(value: Any, where: str) -> None:
+    """Raise if an object that is kept as it is holds a live value or a long integer."""
+    parts, seen = [value], {}
+    for part in parts:  # grows
+        if id(part) in seen:
+            continue
+        seen[id(part)] = part
+        _refuse_long(part, where)
+        if is_live(part) or getattr(part, "holds_live", False):
+            raise ArgumentError(
+                f"{where} is a {type(value).__name__} that holds {show(part)}. Live values are "
+                "found in tuples, lists and dicts only. Bind one of these, e.g. tuple(value)."
+            )
+        if isinstance(part, dict):
+            parts += [*part, *part.values()]
+        elif isinstance(part, (tuple, list, set, frozenset)):
+            parts += part
+        elif dataclasses.is_dataclass(part) and not isinstance(part, type):
+            parts += [getattr(part, field.name, None) for field in dataclasses.fields(part)]
 
 
 def _take_array(value: Any, where: str) -> np.ndarray[Any, Any]:
@@ -161,7 +195,7 @@ def _refuse_mask(value: Any, where: str) -> None:
 
 
 def _refuse_dtype(dtype: np.dtype[Any], where: str) -> None:
-    """Raise for a dtype that Keras does not know, but for text and dates."""
+    """Raise for a dtype that Keras does not know; text and dates are allowed."""
     if dtype.kind in _NO_NUMBERS:
         return
     try:
@@ -175,7 +209,7 @@ def _refuse_dtype(dtype: np.dtype[Any], where: str) -> None:
 
 def _value_of_tensor(value: Any, where: str) -> np.ndarray[Any, Any]:
     try:
-        return np.array(keras.ops.convert_to_numpy(value))
+        array = np.array(keras.ops.convert_to_numpy(value))
     except Exception as error:
         raise ArgumentError(
             f"{where} is a tensor of a step that is being traced ({type(value).__name__}): it has "
@@ -183,10 +217,17 @@ def _value_of_tensor(value: Any, where: str) -> np.ndarray[Any, Any]:
             " If you gave the factory itself to compile(loss=...), call it first:"
             " loss=factory(...)."
         ) from error
+    if array.dtype.kind in "OSU":
+        raise ArgumentError(
+            f"{where} is a tensor of strings, which no backend can compute with. Bind the text "
+            "itself: a str, or a NumPy array of str."
+        )
+    _refuse_dtype(array.dtype, where)
+    return array
 
 
 def _refused_kind(value: Any) -> str | None:
-    """What a value is that can be neither followed nor bound, or `None`."""
+    """Return the kind of a value that cannot be bound, or `None`."""
     for kind, cls in _REFUSED.items():
         if isinstance(value, cls):
             return kind
@@ -204,7 +245,7 @@ def _refused_kind(value: Any) -> str | None:
 
 
 def rebuilt(value: Any, convert: Callable[[Any], Any]) -> Any:
-    """The value in new containers, with each leaf converted."""
+    """Return the value in new containers, with each leaf converted."""
     if isinstance(value, dict):
         return {k: rebuilt(v, convert) for k, v in value.items()}
     if type(value) in (list, tuple):
@@ -213,12 +254,11 @@ def rebuilt(value: Any, convert: Callable[[Any], Any]) -> Any:
 
 
 def hand_on(value: Any, dtype: str, where: str) -> Any:
-    """The value for the user's function, the same on every backend.
+    """Return the value for the user's function, the same on every backend.
 
-    Arrays and tensors become tensors that a step computes with: floats in `dtype`, as `y_true` and
-    `y_pred` are, bool and integers in their own. Floats of NumPy, `np.float64(0.1)`, become those
-    of Python, which take the dtype of what they are computed with. Containers are new, so that the
-    function may change them.
+    Arrays and tensors become tensors. Those of floats have `dtype`, as `y_true` and `y_pred` have;
+    those of bool and integers keep theirs. Floats of NumPy, `np.float64(0.1)`, become floats of
+    Python, which adapt to the dtype of a tensor. Containers are new: the function may change them.
 
     Raises:
         ArgumentError: The backend has no tensor for an array.
@@ -259,9 +299,9 @@ def _as_tensor(array: np.ndarray[Any, Any], dtype: str, where: str) -> Any:
     own = keras.backend.standardize_dtype(array.dtype)
     is_float = keras.backend.is_float_dtype(own)
     if is_float and own != dtype and array.dtype.isbuiltin == _USER_DEFINED:
-        array = array.astype("float32")  # torch leaves such an array in bfloat16, or refuses it
+        array = array.astype("float32")  # torch keeps or refuses bfloat16
     try:
-        # Without a dtype, Keras's NumPy backend makes float32 of float64.
+        # Without a dtype, Keras's NumPy backend converts float64 to float32.
         return keras.ops.convert_to_tensor(array, dtype=dtype if is_float else None)
     except (TypeError, ValueError) as error:
         raise ArgumentError(
@@ -281,35 +321,84 @@ def _exhibited(leaf: Any) -> Any:
 
 
 def exhibit(value: Any) -> Any:
-    """The value for `loss.args`: containers and tensors are new, arrays read-only."""
+    """Return the value for `loss.args`: new containers and tensors, read-only arrays."""
     return rebuilt(value, _exhibited)
 
 
-def identity(value: Any) -> Hashable:
-    """A key that is equal for two values if they make the same compiled step.
+def identity(value: Any, seen: dict[int, Any] | None = None) -> Hashable:
+    """Return a key that is equal for two values only if they compute the same.
 
-    So 1, 1.0 and True differ, 0.0 and -0.0 differ, dicts in another order differ, and NaN equals
-    itself.
+    1, 1.0 and True differ, 0.0 and -0.0 differ, dicts in another order differ, and NaN equals
+    itself. The parts of objects count in the same way.
+
+    Args:
+        value: The value.
+        seen: The keys of the objects around the value, by their `id`.
     """
+    seen = {} if seen is None else seen
     if type(value) in (float, complex):
         return type(value), repr(value)
     if isinstance(value, tuple(live_types)):
-        return type(value), id(value)  # which variable it is counts, and not what it holds now
-    if isinstance(value, (np.str_, np.bytes_)):  # an array would drop zeros at the end
+        return type(value), id(value)  # the current value of a variable does not count
+    if isinstance(value, (np.str_, np.bytes_)):  # arrays drop zeros at the end
         return type(value), value[:]
     if isinstance(value, (np.ndarray, np.generic, _Tensor)):
         array = value.array if isinstance(value, _Tensor) else np.asarray(value)
         digest = hashlib.blake2b(array.tobytes()).digest()
         return type(value), array.dtype, array.shape, digest
     if isinstance(value, dict):
-        return dict, tuple((identity(k), identity(v)) for k, v in value.items())
+        return dict, tuple((identity(k, seen), identity(v, seen)) for k, v in value.items())
     if type(value) in (list, tuple):
-        return type(value), tuple(identity(item) for item in value)
-    return type(value), value
+        return type(value), tuple(identity(item, seen) for item in value)
+    if keras.ops.is_tensor(value):
+        return type(value), id(value)
+    compares_by_id = type(value).__eq__ is object.__eq__
+    if type(value) in _ATOMS or compares_by_id or isinstance(value, keras.losses.Loss):
+        return type(value), value
+    return _identity_of_object(value, seen)
+
+
+def _identity_of_object(value: Any, seen: dict[int, Any]) -> Hashable:
+    """Return the key of an object whose class may take different objects for equal.
+
+    Beside the object, the key has its `repr` and the parts that `pickle` would write.
+    """
+    if id(value) in seen:
+        return seen[id(value)][1]
+    key: tuple[Any, ...] = type(value), _ADDRESS.sub("", repr(value))
+    with contextlib.suppress(TypeError):
+        hash(value)
+        key = (*key, value)
+    seen[id(value)] = value, key  # an object may hold itself
+    try:
+        parts = value.__reduce_ex__(2)[1:3]
+    except Exception:  # noqa: BLE001 - of any class: it cannot be pickled
+        return key
+    key = (*key, identity(parts, seen))
+    seen[id(value)] = value, key
+    return key
+
+
+def describe_lists(args: Mapping[str, Any]) -> str:
+    """Return a sentence about the arguments that are lists or tuples of numbers, or `""`.
+
+    Args:
+        args: The arguments by name.
+    """
+    kinds = [f"`{n}` is a {type(v).__name__}" for n, v in args.items() if _is_list_of_numbers(v)]
+    if not kinds:
+        return ""
+    return f"{', '.join(kinds)}; if the function needs an array, bind `numpy.array(...)`."
+
+
+def _is_list_of_numbers(value: Any) -> bool:
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    return all(isinstance(v, (complex, Real)) or _is_list_of_numbers(v) for v in value)
 
 
 def show(value: Any) -> str:
-    """The value for `repr`, large arrays by dtype and shape only."""
+    """Return the value for `repr`; a large array by its dtype and shape."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{show(k)}: {show(v)}" for k, v in value.items()) + "}"
     if type(value) is list:
@@ -329,33 +418,33 @@ def show(value: Any) -> str:
         return f"<symbolic tensor {value.name!r} {value.shape}>"
     if isinstance(value, Saved):
         return value.shown
-    if _is_long(value):
-        return f"<integer of {value.bit_length()} bits>"
     if is_live(value):
         return f"<{type(value).__name__}>"
     return repr(value)
 
 
-def encode(value: Any, where: str) -> Any:
-    """The value as JSON keeps it exactly, to be read by `decode`.
+def encode(value: Any, where: str, encode_live: Callable[[Any], Any] | None = None) -> Any:
+    """Return the value as JSON that keeps it exactly, for `decode`.
 
-    Keras's own encoding of values loses what a loss can depend on: the dtype of NumPy scalars, the
-    shape of empty arrays, tuples, and the keys of a dict that are not strings.
+    Keras's own encoding loses the dtype of NumPy scalars, the shape of empty arrays, tuples, and
+    the keys of a dict that are not strings.
+
+    Args:
+        value: The value.
+        where: The name of the argument in messages: `'shift' of shifted()`.
+        encode_live: Returns the object of Keras that is serialized for a live value.
 
     Raises:
-        SavingError: The value would not load again.
+        SavingError: The value cannot be loaded exactly, or is live and `encode_live` is missing.
     """
-    if _is_long(value):
-        return {"kind": "integer", "data": hex(value)}
     if type(value) in (*_PLAIN, float):
         return value
     if type(value) is list:
-        return [encode(item, where) for item in value]
+        return [encode(item, where, encode_live) for item in value]
     if type(value) is tuple:
-        return {"kind": "tuple", "items": [encode(item, where) for item in value]}
+        return {"kind": "tuple", "items": encode(list(value), where, encode_live)}
     if isinstance(value, dict):
-        items = [[encode(k, where), encode(v, where)] for k, v in value.items()]
-        return {"kind": "dict", "items": items}
+        return {"kind": "dict", "items": encode([list(i) for i in value.items()], where, encode_live)}
     if type(value) is complex:
         return {"kind": "complex", "items": [value.real, value.imag]}
     if type(value) is bytes:
@@ -370,16 +459,19 @@ def encode(value: Any, where: str) -> Any:
         return _encode_array("tensor", value.array)
     if isinstance(value, Saved):
         return {"kind": "live", "id": value.id, "shown": value.shown}
+    if is_live(value):
+        if encode_live is None:
+            raise SavingError(
+                f"{where} is {show(value)}, which is saved with its model only. Attach the loss, "
+                "and save the model: attach(model, loss).save(path)."
+            )
+        return {"kind": "live", "object": keras.saving.serialize_keras_object(encode_live(value))}
     return _encode_object(value, where)
-
-
-def _is_long(value: Any) -> bool:
-    return type(value) is int and value.bit_length() > _LONG
 
 
 def _encode_array(kind: str, array: np.ndarray[Any, Any]) -> dict[str, Any]:
     array = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    # NumPy spells the dtypes of ml_dtypes (bfloat16, ...) as raw bytes; their name is exact.
+    # NumPy writes the dtypes of ml_dtypes (bfloat16, ...) as raw bytes; their name is exact.
     own = array.dtype.isbuiltin == _USER_DEFINED
     dtype = array.dtype.name if own else array.dtype.str
     data = base64.b64encode(array.tobytes()).decode()
@@ -387,14 +479,14 @@ def _encode_array(kind: str, array: np.ndarray[Any, Any]) -> dict[str, Any]:
 
 
 def _encode_object(value: Any, where: str) -> dict[str, Any]:
-    """By Keras's own serialization, which is not trusted: losses of Keras lose their arguments."""
+    """Serialize by Keras, and check the result: losses of Keras lose their arguments."""
     name = getattr(value, "__name__", None)
     reason = "a lambda has no name to be found by"
     if name != "<lambda>":
         try:
             config = json.loads(json.dumps(keras.saving.serialize_keras_object(value)))
             back = _decode_object(config)
-            # A loss with live arguments finds their values by itself, and only in its model.
+            # A loss with live arguments gets their values in its model only.
             holds_live = bool(getattr(value, "holds_live", False))
             if type(back) is type(value) and (holds_live or back == value):
                 return {"kind": "keras", "object": config}
@@ -413,10 +505,10 @@ def _encode_object(value: Any, where: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Whatever a damaged or hostile file makes of the code inside is an error that says so.
+    """Convert the exceptions that a damaged or hostile file causes.
 
     Raises:
-        SavingError: In place of any exception but the errors of lossargs.
+        SavingError: The code inside raised an exception that is not of lossargs.
     """
     try:
         yield
@@ -428,7 +520,7 @@ def reading(what: str) -> Iterator[None]:
 
 
 def damaged(what: str, reason: str) -> SavingError:
-    """The error for a part of a file that cannot be read."""
+    """Return the error for a part of a file that cannot be read."""
     return SavingError(
         f"{what} cannot be read: {reason}. The file is damaged, not written by lossargs, or "
         "written by a newer version of it."
@@ -436,11 +528,11 @@ def damaged(what: str, reason: str) -> SavingError:
 
 
 def checked(config: Any, name: str, *kinds: type) -> Any:
-    """An entry of a config, if it is of one of these types.
+    """Return an entry of a config that has one of these types.
 
     Raises:
-        TypeError: It is of another one.
-        ValueError: There is none, or the config is no dict.
+        TypeError: The entry has another type.
+        ValueError: There is no such entry, or the config is not a dict.
     """
     if not isinstance(config, dict) or name not in config:
         raise ValueError(f"{name!r} is missing")
@@ -449,38 +541,39 @@ def checked(config: Any, name: str, *kinds: type) -> Any:
     return config[name]
 
 
-def decode(config: Any, depth: int = 0) -> Any:
-    """The value that `encode` wrote.
+def decode(
+    config: Any, decode_live: Callable[[dict[str, Any]], Any] | None = None, depth: int = 0
+) -> Any:
+    """Return the value that `encode` wrote.
 
     Args:
-        config: What it wrote.
-        depth: How deep in a value that is nested.
+        config: The result of `encode`.
+        decode_live: Returns the live value for the serialized object of `encode_live`.
+        depth: The number of containers around the value.
 
     Raises:
-        SavingError: This is not what `encode` writes.
+        SavingError: The config is damaged, or has a live value and `decode_live` is missing.
     """
     if type(config) is float:
-        return config * 1.0  # JSON's NaN is one object, and as keys of a dict two would be one
+        return config * 1.0  # JSON's NaN is one object; two keys of a dict would become one
     if type(config) in _PLAIN:
         return config
     with reading("A saved value"):
-        if depth > _DEEPEST + 2:  # in the deepest container text of NumPy, and in that bytes
+        if depth > _DEEPEST + 2:  # NumPy's text in the deepest container, and its bytes
             raise ValueError(f"it is nested more than {_DEEPEST} deep")
-        depth += 1
+        inner = functools.partial(decode, decode_live=decode_live, depth=depth + 1)
         if isinstance(config, list):
-            return [decode(item, depth) for item in config]
+            return [inner(item) for item in config]
         match checked(config, "kind", str):
             case "tuple":
-                return tuple(decode(item, depth) for item in checked(config, "items", list))
+                return tuple(inner(item) for item in checked(config, "items", list))
             case "dict":
                 items = checked(config, "items", list)
                 if not all(isinstance(item, list) for item in items):
                     raise TypeError("an item of a dict is no pair")
-                return {decode(k, depth): decode(v, depth) for k, v in items}
-            case "integer":
-                return int(checked(config, "data", str), 16)
+                return {inner(k): inner(v) for k, v in items}
             case "text":
-                item = decode(config["item"], depth)
+                item = inner(config["item"])
                 return np.str_(item) if isinstance(item, str) else np.bytes_(item)
             case "complex":
                 real, imaginary = checked(config, "items", list)
@@ -495,6 +588,10 @@ def decode(config: Any, depth: int = 0) -> Any:
                 return _decode_array(config)[()]
             case "tensor":
                 return _Tensor(_decode_array(config))
+            case "live" if "object" in config:
+                if decode_live is None:
+                    raise ValueError("it has a live value, which belongs to a model")
+                return decode_live(checked(config, "object", dict))
             case "live":
                 return Saved(checked(config, "id", str), checked(config, "shown", str))
             case "keras":
@@ -505,23 +602,23 @@ def decode(config: Any, depth: int = 0) -> Any:
 
 def _decode_array(config: dict[str, Any]) -> np.ndarray[Any, Any]:
     name, shape = checked(config, "dtype", str), checked(config, "shape", list)
-    if "," in name or "(" in name:  # NumPy's notation of structures
+    if "," in name or "(" in name:  # NumPy's notation for structures
         raise ValueError(f"no dtype of a bound array: {name!r}")
     dtype = np.dtype(name)
     if dtype.kind not in "biufcSUMm" and (dtype.hasobject or dtype.type is np.void):
         raise ValueError(f"no dtype of a bound array: {name!r}")
     data = base64.b64decode(checked(config, "data", str), validate=True)
-    # Before NumPy sees the shape: nothing is allocated that the file does not hold.
+    # Checked before NumPy allocates an array of this shape.
     if not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"no shape: {shape}")
     if math.prod(shape) * dtype.itemsize != len(data):
         raise ValueError(f"{len(data)} bytes are no array of {dtype} and shape {shape}")
     array = np.frombuffer(data, dtype=dtype) if data else np.empty(0, dtype)
-    return array.reshape(shape).copy()  # writable, and not tied to the text it was read from
+    return array.reshape(shape).copy()  # writable
 
 
 def _decode_object(config: dict[str, Any]) -> Any:
-    """A function, or an object of a class that defines equality: others are never written."""
+    """Return a function, or an object of a class that defines equality."""
     if checked(config, "class_name", str) != "function":
         return load_object(config, object)
     name = checked(config, "config", str)
@@ -531,7 +628,7 @@ def _decode_object(config: dict[str, Any]) -> Any:
             f"it names the function {name!r} of {config.get('module')!r}, which is not registered"
         )
     function = keras.saving.deserialize_keras_object(config)
-    # The oldest Keras also finds those of Python there; of its own, some load something.
+    # The oldest Keras also finds functions of Python here. Some of its own load files.
     is_keras = str(getattr(function, "__module__", None)).startswith("keras.")
     if not is_registered and (not is_keras or name in ("get", "serialize", "deserialize")):
         raise ValueError(f"it names {name!r}, which is no function of tensors")
@@ -539,17 +636,17 @@ def _decode_object(config: dict[str, Any]) -> Any:
 
 
 def load_object(config: Any, kind: type) -> Any:
-    """The object that a config of Keras describes, if it is of this kind.
+    """Return the object of this class that a config of Keras describes.
 
-    Keras would import what the config names, if it is a module of Keras, and make an object of
-    whatever class. Here the class is known before: nothing is imported, and no other class is run.
+    Keras itself imports the modules of Keras that a config names, and makes an object of any class.
+    This function finds the class first: it imports nothing and calls no other class.
 
     Args:
-        config: The config; or the object itself, of which another one is made.
-        kind: The class that it is to be of; with `object`, any that defines equality.
+        config: The config; or an object, to make another one like it.
+        kind: The class of the object; with `object`, any class that defines equality.
 
     Raises:
-        ValueError: It is of another class.
+        ValueError: The config names another class.
     """
     if not isinstance(config, dict):
         config = keras.saving.serialize_keras_object(config)
@@ -567,6 +664,6 @@ def load_object(config: Any, kind: type) -> Any:
             "process knows; lossargs never imports what a file names"
         )
     loaded = keras.saving.deserialize_keras_object(config)
-    if not isinstance(loaded, kind):  # an object that Keras has under the same id
+    if not isinstance(loaded, kind):  # Keras has another object under this id
         raise TypeError(f"{type(loaded).__name__} is no {kind.__name__}")
     return loaded
