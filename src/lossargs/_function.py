@@ -62,6 +62,7 @@ class LossFunction:
         self._given = {"name": name, "package": package}
         self.module, self.qualname, file = _home(fn, self._layers[-1])
         self.key = f"{package or self.module}>{name or self.qualname}"
+        self._place = f"{fn.__module__}:{getattr(fn, '__qualname__', '')}"
         # A reloaded module, or a notebook cell that is run again, defines the same function again.
         self.origin = (file or self.module, self.qualname)
 
@@ -75,8 +76,8 @@ class LossFunction:
         if len(args) > len(positional):
             raise ArgumentError(
                 f"{self.name}() was given {len(args)} positional arguments and takes "
-                f"{listed(positional)} by position. If {self.name} itself was given as a loss, to "
-                f"compile(loss=...) say, call it first: loss={self.name}(...)."
+                f"{listed(positional)} by position. If you compiled with {self.name} itself, call "
+                f"it: loss={self.name}(...)."
             )
         bound = dict(zip(positional, args, strict=False))
         for name in kwargs:
@@ -151,10 +152,7 @@ class LossFunction:
 
     def _same_source(self, other: "LossFunction") -> bool:
         """Return whether two functions have the same code; line numbers do not count."""
-        return len(self._layers) == len(other._layers) and all(
-            _source(one) == _source(two)
-            for one, two in zip(self._layers, other._layers, strict=True)
-        )
+        return [*map(_source, self._layers)] == [*map(_source, other._layers)]
 
     def refuse_saving(self) -> None:
         """Raise if a saved loss could not find this function when it is loaded.
@@ -183,15 +181,10 @@ class LossFunction:
             )
         if not self._same_source(_registry[self.key]):
             raise SavingError(
-                f"{self.name} was defined anew, with other code, after this loss was bound. It "
-                f"would load with the new code, under the name {self.key!r} that both share. "
-                "Bind and compile again with the new one, or give one of them a name of its own, "
-                "@with_args(name=...)."
+                f"{self.name} was defined anew, with other code, after this loss was bound. Both "
+                f"have the name {self.key!r}. Bind and compile again with the new one, or give one "
+                "another name: @with_args(name=...)."
             )
-
-    @property
-    def _place(self) -> str:
-        return f"{self.fn.__module__}:{getattr(self.fn, '__qualname__', '')}"
 
     def _is_at_its_place(self) -> bool:
         """Return whether the module has this function under its name."""
@@ -203,9 +196,8 @@ class LossFunction:
     def __reduce__(self) -> tuple[Any, ...]:
         if not self._is_at_its_place():
             raise SavingError(
-                f"{self.name} is not found at {self._place!r}, and functions are pickled by the "
-                "place where they are found. Write it with `def` at the top of a module, and "
-                "decorate it there."
+                f"{self.name} is not found at {self._place!r}, and functions are pickled by their "
+                "place. Write it with `def` at the top of a module, and decorate it there."
             )
         return _unpickled, (self._place, self._given)
 
@@ -226,20 +218,15 @@ def inspected(
         if old is not None and old.origin != new.origin:
             raise SignatureError(
                 f"Two different functions are called {new.key!r}: {old.qualname} of "
-                f"{old.origin[0]} and {new.qualname} of {new.origin[0]}. A saved loss could not "
-                "tell them apart. Give one of them a name or a package of its own: "
-                "@with_args(name=...) or @with_args(package=...)."
+                f"{old.origin[0]} and {new.qualname} of {new.origin[0]}. Give one of them another "
+                "name or package: @with_args(name=...) or @with_args(package=...)."
             )
         _registry[new.key] = new
     return new
 
 
 def registered(key: str, module: str) -> LossFunction:
-    """Return the function that a saved loss names.
-
-    Args:
-        key: `package>name` of the function.
-        module: The module that defined it when the loss was saved; only for the message.
+    """Return the function that a saved loss names; `module` defined it when it was saved.
 
     Raises:
         SavingError: This process has no function of that name.
@@ -260,9 +247,8 @@ def registered(key: str, module: str) -> LossFunction:
             return inspected(fn)
     raise SavingError(
         f"The saved loss uses the function {key!r}, which this process does not know. Import the "
-        f"module that gives it to with_args before loading ({module!r} defined it when it was "
-        "saved); lossargs never imports what a file names. If it moved, give it its old name, "
-        f"@with_args(package={package!r}, name={name!r}), or load with "
+        f"module that gives it to with_args (when saved: {module!r}) before loading. If it moved, "
+        f"give it its old name, @with_args(package={package!r}, name={name!r}), or load with "
         f"custom_objects={{{key!r}: ...}}.{nearest(key, _registry)}"
     )
 
@@ -289,9 +275,8 @@ def _unpickled(place: str, given: dict[str, str | None]) -> LossFunction:
 
 def _extra_signature(fn: Any, name: str) -> inspect.Signature:
     """Return the signature without its first two parameters, or raise."""
-    example = (
-        f"Write `def {name if name.isidentifier() else 'my_loss'}(y_true, y_pred, shift): ...`"
-    )
+    written = name if name.isidentifier() else "my_loss"
+    example = f"Write `def {written}(y_true, y_pred, shift): ...`"
     if not callable(fn) or isinstance(fn, (type, keras.losses.Loss)):
         raise SignatureError(
             f"with_args() needs a function of (y_true, y_pred, ...) and was given {fn!r}. "
@@ -305,8 +290,7 @@ def _extra_signature(fn: Any, name: str) -> inspect.Signature:
     extra = parameters[2:]
     if parameters and parameters[0].name == "self":
         raise SignatureError(
-            f"{name}{signature} is a method, and Keras calls a loss without an object. Move it out "
-            f"of its class. {example}."
+            f"{name}{signature} is a method, and Keras calls a loss without an object. {example}."
         )
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     if len(parameters) < 2 or any(p.kind not in by_position for p in parameters[:2]):
@@ -317,13 +301,12 @@ def _extra_signature(fn: Any, name: str) -> inspect.Signature:
     for parameter in extra:
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
             raise SignatureError(
-                f"{name}{signature}: {parameter.name!r} has no name to be given by, and arguments "
-                f"are saved, and come with the batch, by name. {example}."
+                f"{name}{signature}: {parameter.name!r} has no name to be given by. {example}."
             )
         if parameter.name in RESERVED:
             raise SignatureError(
-                f"{name}{signature}: {parameter.name!r} is what Keras itself passes to a loss "
-                f"({listed(RESERVED)}). Rename it, e.g. {parameter.name}_2."
+                f"{name}{signature}: {parameter.name!r} is what Keras itself passes to a loss. "
+                f"Rename it, e.g. {parameter.name}_2."
             )
     return signature.replace(parameters=extra, return_annotation=inspect.Signature.empty)
 

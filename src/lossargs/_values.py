@@ -11,7 +11,7 @@ import re
 import textwrap
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from numbers import Real
+from numbers import Number
 from typing import Any, Self
 
 import keras
@@ -76,6 +76,10 @@ def is_live(value: Any) -> bool:
     return isinstance(value, (Saved, *live_types))
 
 
+def _is_live_loss(value: Any) -> bool:
+    return isinstance(value, keras.losses.Loss) and getattr(value, "holds_live", False)
+
+
 def live_leaves(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield the live values in a bound value, each with its place: `""`, `"_0"`, `"_key"`."""
     if is_live(value):
@@ -96,26 +100,21 @@ class _Tensor:
 
 
 def take(value: Any, where: str, depth: int = 0) -> Any:
-    """Return a copy of a value that the user binds; live values are not copied.
-
-    Args:
-        value: The value.
-        where: The name of the argument in messages: `'shift' of shifted()`.
-        depth: The number of containers around the value.
+    """Return a copy of a value that the user binds for `where`; live values are not copied.
 
     Raises:
         ArgumentError: The value is neither live nor a constant.
     """
     if type(value) in _ATOMS or isinstance(value, _Tensor) or is_live(value):
-        _refuse_long(value, where)
+        _check_part(value, where)
         return value
     if isinstance(value, np.generic):
-        _refuse_dtype(value.dtype, where)
+        _check_array(value, where)
         return value
     if depth > _DEEPEST and isinstance(value, (dict, list, tuple)):
         raise ArgumentError(
             f"{where} has more than {_DEEPEST} lists, tuples and dicts in one another, or one that "
-            "contains itself, and could not be saved. Give a flatter value."
+            "contains itself. Give a flatter value."
         )
     if isinstance(value, dict):
         items = value.items()
@@ -127,49 +126,49 @@ def take(value: Any, where: str, depth: int = 0) -> Any:
     kind = _refused_kind(value)
     if kind is not None:
         raise ArgumentError(
-            f"{where} is {kind}: bound as a constant, it would keep the value it has now in the "
-            "compiled step. Give a keras.Variable, which is followed and, if trainable, trained; "
-            "or leave the argument unbound and give its value with the batch, "
-            "fit(..., sample_weight={name: values}), or at the call, "
-            "loss(y_true, y_pred, name=value)."
+            f"{where} is {kind}: bound as a constant, it would keep its current value in the "
+            "compiled step. Give a keras.Variable. Or give the value with the batch, "
+            "fit(..., sample_weight={name: values}), or at the call, loss(y_true, y_pred, name=...)"
         )
     if isinstance(value, keras.losses.Loss):
         return value
     if not isinstance(value, np.ndarray) and keras.ops.is_tensor(value):
         return _Tensor(_value_of_tensor(value, where))
     if hasattr(value, "__array__"):
-        return _take_array(value, where)
-    _refuse_parts(value, where)
+        array = np.asanyarray(value)
+        _check_array(array, where)
+        return np.array(array, array.dtype.newbyteorder("="), order="C")
+    _check_parts(value, where)
     try:
         hash(value)
     except TypeError:
         raise ArgumentError(
             f"{where} is a {type(value).__name__}, which can change after it was bound and cannot "
-            "be compared. Give a number, a string, an array, or a list, tuple or dict of these."
+            "be compared. Give a number, a string, an array, a list, a tuple or a dict."
         ) from None
     return value
 
 
-def _refuse_long(value: Any, where: str) -> None:
-    if type(value) is int and abs(value) >= _BEYOND:
+def _check_part(part: Any, where: str) -> None:
+    if type(part) is int and abs(part) >= _BEYOND:
         raise ArgumentError(
-            f"{where} is an integer of more than 4300 digits, which Python does not print. Bind a "
-            "float, or the digits as a string."
+            f"{where} has an integer of more than 4300 digits, which Python does not print. Give "
+            "a float, or the digits as a string."
         )
 
 
-def _refuse_parts(value: Any, where: str) -> None:
-    """Raise if an object that is kept as it is holds a live value or a long integer."""
+def _check_parts(value: Any, where: str) -> None:
+    """Raise if an object that is not copied holds a live value or a long integer."""
     parts, seen = [value], {}
     for part in parts:  # grows
         if id(part) in seen:
             continue
         seen[id(part)] = part
-        _refuse_long(part, where)
-        if is_live(part) or getattr(part, "holds_live", False):
+        _check_part(part, where)
+        if is_live(part) or _is_live_loss(part):
             raise ArgumentError(
-                f"{where} is a {type(value).__name__} that holds {show(part)}. Live values are "
-                "found in tuples, lists and dicts only. Bind one of these, e.g. tuple(value)."
+                f"{where} is a {type(value).__name__} that holds {show(part)}. The model finds "
+                "live values and losses in tuples, lists and dicts only. Give one of these."
             )
         if isinstance(part, dict):
             parts += [*part, *part.values()]
@@ -179,30 +178,20 @@ def _refuse_parts(value: Any, where: str) -> None:
             parts += [getattr(part, field.name, None) for field in dataclasses.fields(part)]
 
 
-def _take_array(value: Any, where: str) -> np.ndarray[Any, Any]:
-    _refuse_mask(value, where)
-    array = np.array(value, order="C")
-    _refuse_dtype(array.dtype, where)
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
-
-
-def _refuse_mask(value: Any, where: str) -> None:
-    if isinstance(value, np.ma.MaskedArray):
+def _check_array(array: Any, where: str) -> None:
+    """Raise for a masked array, or a dtype that Keras does not know; text and dates are allowed."""
+    if isinstance(array, np.ma.MaskedArray):
         raise ArgumentError(
             f"{where} is a masked array, and no backend has a tensor with a mask. Give its data "
             "and its mask as two arguments."
         )
-
-
-def _refuse_dtype(dtype: np.dtype[Any], where: str) -> None:
-    """Raise for a dtype that Keras does not know; text and dates are allowed."""
-    if dtype.kind in _NO_NUMBERS:
+    if array.dtype.kind in _NO_NUMBERS:
         return
     try:
-        keras.backend.standardize_dtype(dtype.name)
+        keras.backend.standardize_dtype(array.dtype.name)
     except ValueError:
         raise ArgumentError(
-            f"{where} is an array of {dtype}, which no backend can compute with. Give it a "
+            f"{where} is an array of {array.dtype}, which no backend can compute with. Give it a "
             "numeric dtype, e.g. `array.astype('float32')`."
         ) from None
 
@@ -212,17 +201,15 @@ def _value_of_tensor(value: Any, where: str) -> np.ndarray[Any, Any]:
         array = np.array(keras.ops.convert_to_numpy(value))
     except Exception as error:
         raise ArgumentError(
-            f"{where} is a tensor of a step that is being traced ({type(value).__name__}): it has "
-            "no value yet that could be bound. Give it at the call, loss(y_true, y_pred, name=...)."
-            " If you gave the factory itself to compile(loss=...), call it first:"
-            " loss=factory(...)."
+            f"{where} is a tensor of a step that is being traced ({type(value).__name__}) and has "
+            "no value yet. Give it at the call, loss(y_true, y_pred, name=...). If you compiled "
+            "with the factory itself, call it: loss=factory(...)."
         ) from error
     if array.dtype.kind in "OSU":
         raise ArgumentError(
-            f"{where} is a tensor of strings, which no backend can compute with. Bind the text "
-            "itself: a str, or a NumPy array of str."
+            f"{where} is a tensor of strings. Give the text as a str or as a NumPy array of str."
         )
-    _refuse_dtype(array.dtype, where)
+    _check_array(array, where)
     return array
 
 
@@ -232,13 +219,9 @@ def _refused_kind(value: Any) -> str | None:
         if isinstance(value, cls):
             return kind
     for cls in type(value).__mro__:
-        library = cls.__module__.partition(".")[0]
-        if (library, cls.__name__) in {
-            ("tensorflow", "Variable"),
-            ("torch", "Parameter"),
-            ("flax", "Variable"),
-        }:
-            return f"a {library} {cls.__name__}"
+        kind = f"{cls.__module__.partition('.')[0]} {cls.__name__}"
+        if kind in ("tensorflow Variable", "torch Parameter", "flax Variable"):
+            return f"a {kind}"
     if getattr(value, "requires_grad", False):
         return "a torch tensor that requires a gradient"
     return None
@@ -294,8 +277,7 @@ def hand_on(value: Any, dtype: str, where: str) -> Any:
 
 
 def _as_tensor(array: np.ndarray[Any, Any], dtype: str, where: str) -> Any:
-    _refuse_mask(array, repr(where))
-    _refuse_dtype(array.dtype, repr(where))
+    _check_array(array, repr(where))
     own = keras.backend.standardize_dtype(array.dtype)
     is_float = keras.backend.is_float_dtype(own)
     if is_float and own != dtype and array.dtype.isbuiltin == _USER_DEFINED:
@@ -329,11 +311,7 @@ def identity(value: Any, seen: dict[int, Any] | None = None) -> Hashable:
     """Return a key that is equal for two values only if they compute the same.
 
     1, 1.0 and True differ, 0.0 and -0.0 differ, dicts in another order differ, and NaN equals
-    itself. The parts of objects count in the same way.
-
-    Args:
-        value: The value.
-        seen: The keys of the objects around the value, by their `id`.
+    itself. The parts of objects count in the same way; `seen` has the keys of objects by `id`.
     """
     seen = {} if seen is None else seen
     if type(value) in (float, complex):
@@ -370,21 +348,14 @@ def _identity_of_object(value: Any, seen: dict[int, Any]) -> Hashable:
         hash(value)
         key = (*key, value)
     seen[id(value)] = value, key  # an object may hold itself
-    try:
-        parts = value.__reduce_ex__(2)[1:3]
-    except Exception:  # noqa: BLE001 - of any class: it cannot be pickled
-        return key
-    key = (*key, identity(parts, seen))
-    seen[id(value)] = value, key
+    with contextlib.suppress(Exception):  # it cannot be pickled
+        key = (*key, identity(value.__reduce_ex__(2)[1:3], seen))
+        seen[id(value)] = value, key
     return key
 
 
 def describe_lists(args: Mapping[str, Any]) -> str:
-    """Return a sentence about the arguments that are lists or tuples of numbers, or `""`.
-
-    Args:
-        args: The arguments by name.
-    """
+    """Return a sentence about the arguments that are lists or tuples of numbers, or `""`."""
     kinds = [f"`{n}` is a {type(v).__name__}" for n, v in args.items() if _is_list_of_numbers(v)]
     if not kinds:
         return ""
@@ -392,9 +363,8 @@ def describe_lists(args: Mapping[str, Any]) -> str:
 
 
 def _is_list_of_numbers(value: Any) -> bool:
-    if not isinstance(value, (list, tuple)) or not value:
-        return False
-    return all(isinstance(v, (complex, Real)) or _is_list_of_numbers(v) for v in value)
+    is_list = isinstance(value, (list, tuple)) and len(value) > 0
+    return is_list and all(isinstance(v, Number) or _is_list_of_numbers(v) for v in value)
 
 
 def show(value: Any) -> str:
@@ -406,8 +376,7 @@ def show(value: Any) -> str:
     if type(value) is tuple:
         return "(" + ", ".join(map(show, value)) + ("," if len(value) == 1 else "") + ")"
     if isinstance(value, (np.ndarray, _Tensor)):
-        kind = "tensor" if isinstance(value, _Tensor) else "array"
-        array = value.array if isinstance(value, _Tensor) else value
+        kind, array = ("tensor", value.array) if isinstance(value, _Tensor) else ("array", value)
         if array.size <= 8:
             return f"{kind}({array.tolist()}, {array.dtype.name})"
         return f"<{kind} {array.dtype.name} {array.shape}>"
@@ -429,10 +398,7 @@ def encode(value: Any, where: str, encode_live: Callable[[Any], Any] | None = No
     Keras's own encoding loses the dtype of NumPy scalars, the shape of empty arrays, tuples, and
     the keys of a dict that are not strings.
 
-    Args:
-        value: The value.
-        where: The name of the argument in messages: `'shift' of shifted()`.
-        encode_live: Returns the object of Keras that is serialized for a live value.
+    `encode_live` returns the object of Keras that is serialized for a live value.
 
     Raises:
         SavingError: The value cannot be loaded exactly, or is live and `encode_live` is missing.
@@ -444,7 +410,8 @@ def encode(value: Any, where: str, encode_live: Callable[[Any], Any] | None = No
     if type(value) is tuple:
         return {"kind": "tuple", "items": encode(list(value), where, encode_live)}
     if isinstance(value, dict):
-        return {"kind": "dict", "items": encode([list(i) for i in value.items()], where, encode_live)}
+        pairs = [list(item) for item in value.items()]
+        return {"kind": "dict", "items": encode(pairs, where, encode_live)}
     if type(value) is complex:
         return {"kind": "complex", "items": [value.real, value.imag]}
     if type(value) is bytes:
@@ -487,8 +454,7 @@ def _encode_object(value: Any, where: str) -> dict[str, Any]:
             config = json.loads(json.dumps(keras.saving.serialize_keras_object(value)))
             back = _decode_object(config)
             # A loss with live arguments gets their values in its model only.
-            holds_live = bool(getattr(value, "holds_live", False))
-            if type(back) is type(value) and (holds_live or back == value):
+            if type(back) is type(value) and (_is_live_loss(value) or back == value):
                 return {"kind": "keras", "object": config}
             reason = f"it came back as {back!r}, which is not equal to it"
         except SavingError:
@@ -497,9 +463,8 @@ def _encode_object(value: Any, where: str) -> dict[str, Any]:
             reason = str(error)
     raise SavingError(
         f"{where} is {value!r}, which Keras does not save and load as it is: {reason}. Give a "
-        "plain value; or, for a loss of Keras, with_args(keras.losses.huber)(delta=2.0), say; or "
-        "register its class or function with @keras.saving.register_keras_serializable(), and let "
-        "its class define equality."
+        "plain value or a bound loss, with_args(keras.losses.huber)(). Or define `__eq__`, and "
+        "register its class or function with @keras.saving.register_keras_serializable()."
     )
 
 
@@ -522,8 +487,7 @@ def reading(what: str) -> Iterator[None]:
 def damaged(what: str, reason: str) -> SavingError:
     """Return the error for a part of a file that cannot be read."""
     return SavingError(
-        f"{what} cannot be read: {reason}. The file is damaged, not written by lossargs, or "
-        "written by a newer version of it."
+        f"{what} cannot be read: {reason}. The file is damaged, or from a newer lossargs."
     )
 
 
@@ -546,10 +510,7 @@ def decode(
 ) -> Any:
     """Return the value that `encode` wrote.
 
-    Args:
-        config: The result of `encode`.
-        decode_live: Returns the live value for the serialized object of `encode_live`.
-        depth: The number of containers around the value.
+    `decode_live` returns the live value for the serialized object of `encode_live`.
 
     Raises:
         SavingError: The config is damaged, or has a live value and `decode_live` is missing.
