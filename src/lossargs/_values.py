@@ -307,7 +307,7 @@ def exhibit(value: Any) -> Any:
     return rebuilt(value, _exhibited)
 
 
-def identity(value: Any, seen: dict[int, Any] | None = None) -> Hashable:
+def identity(value: Any, seen: dict[int, tuple[Any, Hashable]] | None = None) -> Hashable:
     """Return a key that is equal for two values only if they compute the same.
 
     1, 1.0 and True differ, 0.0 and -0.0 differ, dicts in another order differ, and NaN equals
@@ -330,13 +330,13 @@ def identity(value: Any, seen: dict[int, Any] | None = None) -> Hashable:
         return type(value), tuple(identity(item, seen) for item in value)
     if keras.ops.is_tensor(value):
         return type(value), id(value)
-    compares_by_id = type(value).__eq__ is object.__eq__
-    if type(value) in _ATOMS or compares_by_id or isinstance(value, keras.losses.Loss):
-        return type(value), value
+    cls: Any = type(value)
+    if cls in _ATOMS or cls.__eq__ is object.__eq__ or isinstance(value, keras.losses.Loss):
+        return cls, value  # equal only if the same
     return _identity_of_object(value, seen)
 
 
-def _identity_of_object(value: Any, seen: dict[int, Any]) -> Hashable:
+def _identity_of_object(value: Any, seen: dict[int, tuple[Any, Hashable]]) -> Hashable:
     """Return the key of an object whose class may take different objects for equal.
 
     Beside the object, the key has its `repr` and the parts that `pickle` would write.
