@@ -213,6 +213,9 @@ def test_values_that_compile_differently_are_different(one, other, around):
     assert losses.described(what=one) != losses.described(what=other)
 
 
+TENSOR = ops.ones(2)
+
+
 class Cyclic(Silent):
     def __init__(self, value):
         super().__init__(value)
@@ -227,7 +230,7 @@ class Closed(Silent):
 class Words(Silent):
     def __init__(self, value):
         super().__init__(value)
-        self.words, self.tensor = {"a", "b"}, Y_TRUE
+        self.words, self.array, self.tensor = {"a", "b"}, Y_TRUE.copy(), TENSOR
 
 
 @pytest.mark.parametrize(
@@ -547,6 +550,30 @@ def test_captured_constants_are_fine():
 
     later = [1.0]
     assert to_float(hinge()(Y_TRUE, Y_PRED)) == 8
+
+
+def test_captured_values_are_not_saved():
+    later: list[float]
+
+    def outer(function):
+        @functools.wraps(function)
+        def inner(y_true, y_pred):
+            return function(y_true, y_pred)
+
+        return inner
+
+    @with_args
+    def hinge(y_true, y_pred):
+        return mse(y_true, y_pred) + later[0]
+
+    with pytest.raises(SavingError, match="hinge captures 'later' from"):
+        hinge().get_config()  # `later` is not assigned yet
+    later = [1.0]
+    with pytest.raises(SavingError, match="hinge captures 'later' from"):
+        hinge().get_config()
+    partial = functools.update_wrapper(functools.partial(plus.__wrapped__, extra=2), mse)
+    with pytest.raises(SavingError, match="mse captures .*'extra'"):
+        with_args(outer(partial))().get_config()
 
 
 def test_two_functions_of_one_name():
