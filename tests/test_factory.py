@@ -1,11 +1,16 @@
 """`with_args` and the factory: signatures, binding, options, pickling."""
 
+import collections
+import contextlib
 import copy
+import dataclasses
 import functools
 import gc
 import inspect
 import pickle
 import types
+from decimal import Decimal
+from typing import Any
 
 import keras
 import numpy as np
@@ -23,7 +28,51 @@ def mse(y_true, y_pred):
     return ops.mean(ops.square(y_true - y_pred), axis=-1)
 
 
+@with_args
+def plus(y_true, y_pred, extra):
+    return mse(y_true, y_pred) + extra
+
+
 Y_TRUE, Y_PRED = np.zeros((2, 1), "float32"), np.array([[1.0], [3.0]], "float32")  # mse: 5
+
+
+Point = collections.namedtuple("Point", "x")  # noqa: PYI024
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    width: Any
+    hidden: float = dataclasses.field(default=0.0, repr=False)
+    ignored: Any = dataclasses.field(default=None, compare=False, repr=False)
+
+
+class Silent:
+    """Compares by its value, and does not show it."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __eq__(self, other):
+        return isinstance(other, Silent) and self.value == other.value
+
+    def __hash__(self):
+        return hash(self.value)
+
+
+def is_hashable(value):
+    with contextlib.suppress(TypeError):
+        return isinstance(hash(value), int)
+    return False
+
+
+AROUND = {
+    "nothing": lambda value: value,
+    "list": lambda value: [value],
+    "key": lambda value: {value: 1},
+    "tuple": lambda value: (0, (value,)),
+    "namedtuple": lambda value: Point((value,)),
+    "object": lambda value: Span(Span(value)),
+}
 
 
 def test_public_names():
@@ -141,11 +190,85 @@ def test_equal_constants_give_the_same_object():
         (np.arange(3), np.arange(3.0)),
         (np.zeros((1, 2)), np.zeros((2, 1))),
         (np.arange(3), [0, 1, 2]),
+        (Point(1), Point(True)),
+        (Point(1.0), Point(1)),
+        (Point(Point(0.0)), Point(Point(-0.0))),
+        (frozenset({1}), frozenset({True})),
+        (frozenset({(0.0,)}), frozenset({(-0.0,)})),
+        (Span(0.0), Span(-0.0)),
+        (Span((Span(1),)), Span((Span(1.0),))),
+        (Span(0, hidden=0.0), Span(0, hidden=-0.0)),
+        (Span(0, ignored=[1]), Span(0, ignored=[2])),
+        (Silent(0.0), Silent(-0.0)),
+        (range(0), range(1, 1)),
+        (Decimal("1.0"), Decimal("1.00")),
     ],
     ids=repr,
 )
-def test_values_that_compile_differently_are_different(one, other):
+@pytest.mark.parametrize("around", AROUND, ids=AROUND)
+def test_values_that_compile_differently_are_different(one, other, around):
+    if around in ("key", "namedtuple", "object") and not (is_hashable(one) and is_hashable(other)):
+        return
+    one, other = AROUND[around](one), AROUND[around](other)
     assert losses.described(what=one) != losses.described(what=other)
+
+
+TENSOR = ops.ones(2)
+
+
+class Cyclic(Silent):
+    def __init__(self, value):
+        super().__init__(value)
+        self.itself = self
+
+
+class Closed(Silent):
+    def __reduce_ex__(self, protocol):
+        raise TypeError("cannot be pickled")
+
+
+class Words(Silent):
+    def __init__(self, value):
+        super().__init__(value)
+        self.words, self.array, self.tensor = {"a", "b"}, Y_TRUE.copy(), TENSOR
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda: Point(np.float32(0.1)),
+        lambda: frozenset({8, 0, "a"}),
+        lambda: Span(Point(0.0), ignored=[{"a": np.arange(3)}]),
+        lambda: Silent(2.5),
+        lambda: Cyclic(2.5),
+        lambda: Closed(2.5),
+        lambda: Words(2.5),
+        lambda: Span((Silent(1), Silent(1))),
+        lambda: Decimal("0.10"),
+    ],
+)
+def test_equal_objects_are_the_same_value(value):
+    assert value() is not value()
+    loss = losses.described(what=[value()])
+    assert losses.described(what=[value()]) is loss
+    assert losses.described(what={"a": loss}) is losses.described(what={"a": loss})
+
+
+def test_object_that_compares_by_id_may_change():
+    value = types.FunctionType(mse.__code__, globals())
+    loss = losses.described(what=value)
+    value.note = "new"
+    assert losses.described(what=value) is loss
+
+
+def test_inner_loss_is_the_same_under_another_floatx():
+    inner = shifted.options(dtype="float32")(1)
+    loss = losses.composed.options(dtype="float32")(main=inner)
+    keras.config.set_floatx("float64")
+    try:
+        assert losses.composed.options(dtype="float32")(main=inner) is loss
+    finally:
+        keras.config.set_floatx("float32")
 
 
 def test_order_counts_where_the_function_can_see_it():
@@ -309,12 +432,67 @@ def test_wrong_binding(bind, text):
         (lambda: np.ma.array([1.0, 2.0], mask=[0, 1]), "its data and its mask as two arguments"),
         (lambda: np.zeros(2, [("a", "f4"), ("b", "f4")]), "which no backend can compute with"),
         (lambda: {"deep": [keras.layers.Dense(1)]}, "is a layer"),
+        (lambda: 10**4300, "has an integer of more than 4300 digits"),
+        (lambda: [{-(10**5000): 1}], "has an integer of more than 4300 digits"),
+        (lambda: Point((10**5000,)), "has an integer of more than 4300 digits"),
     ],
 )
 def test_values_that_are_no_constants(value, text):
     with pytest.raises(ArgumentError) as error:
         shifted(value())
     assert text in message_of(error.value)
+
+
+@pytest.mark.parametrize(
+    "live",
+    [
+        lambda: keras.Variable(1.0, name="beta"),
+        lambda: keras.Input((2,), name="z"),
+        lambda: keras.optimizers.schedules.ExponentialDecay(1.0, 10, 0.5),
+        lambda: shifted(keras.Variable(1.0)),
+    ],
+    ids=["variable", "tensor", "schedule", "loss"],
+)
+@pytest.mark.parametrize(
+    "around",
+    [
+        Point,
+        lambda live: [Point([live])],
+        lambda live: {"a": (Point({"b": live}),)},
+        lambda live: Point({1: {"c": live}}),
+        lambda live: Point(Point(live)),
+        lambda live: frozenset({Span(live)}) if is_hashable(live) else Span(live),
+        lambda live: Span(Span(0, ignored=[live])),
+    ],
+)
+def test_live_values_in_objects(live, around):
+    live = live()
+    with pytest.raises(ArgumentError) as error:
+        shifted(around(live))
+    text = message_of(error.value)
+    assert text.startswith("'shift' of shifted() is a ")
+    assert text.endswith(
+        "live values and losses in tuples, lists and dicts only. Give one of these."
+    )
+
+
+def test_constants_in_objects_are_fine():
+    value = Point((Point(1), "a", shifted(1), None))
+    assert losses.described(what=value).args["what"] is value
+    itself = Span(0, ignored=[])
+    itself.ignored.append(itself)
+    assert losses.described(what=itself).args["what"] is itself
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has tensors of strings")
+@pytest.mark.parametrize("text", ["a", ["a", "b"], []])
+def test_tensor_of_strings(text):
+    import tensorflow as tf
+
+    tensor = tf.constant(text, tf.string)
+    for value in (tensor, [{"a": (tensor,)}]):
+        with pytest.raises(ArgumentError, match="is a tensor of strings"):
+            shifted(value)
 
 
 def variable_of_the_backend():
@@ -362,87 +540,6 @@ def test_tensor_of_the_step_is_no_constant(data):
     assert "at the call, loss(y_true, y_pred, name=" in text
 
 
-def test_captured_variable():
-    temperature = keras.Variable(1.0)
-
-    with pytest.raises(SignatureError) as error:
-
-        @with_args
-        def cooled(y_true, y_pred):
-            return mse(y_true, y_pred) / temperature
-
-    assert message_of(error.value).startswith(
-        "cooled uses 'temperature' from outside, a keras.Variable."
-    )
-    assert "def cooled(y_true, y_pred, temperature)" in message_of(error.value)
-
-
-def test_captured_symbolic_tensor():
-    z_mean = keras.Input((2,))
-
-    with pytest.raises(SignatureError, match="'z_mean' from outside, a symbolic tensor"):
-
-        @with_args
-        def kl(y_true, y_pred):
-            return mse(y_true, y_pred) + sum(ops.square(z_mean) for _ in range(2))
-
-
-@pytest.mark.parametrize("how", ["decorator", "list", "dict", "attribute", "method", "partial"])
-def test_captured_variable_in_other_places(how):
-    variable = keras.Variable(1.0)
-    variables = [variable]
-    named = {"temperature": variable}
-
-    class Cooled:
-        temperature = None
-
-        def __call__(self, y_true, y_pred):
-            return mse(y_true, y_pred) / self.temperature
-
-        def method(self, y_true, y_pred):
-            return mse(y_true, y_pred) / self.temperature
-
-    def listed(y_true, y_pred):
-        return mse(y_true, y_pred) / variables[0]
-
-    def by_name(y_true, y_pred):
-        return mse(y_true, y_pred) / named["temperature"]
-
-    cooled = Cooled()
-    cooled.temperature = variable
-    function = {
-        "decorator": losses.times(variable)(mse),
-        "list": listed,
-        "dict": by_name,
-        "attribute": cooled,
-        "method": cooled.method,
-        "partial": functools.partial(losses.scaled.__wrapped__, scale=variable),
-    }[how]
-    with pytest.raises(SignatureError, match="from outside, a keras.Variable"):
-        with_args(function)
-
-
-def test_global_variable_is_seen_when_the_loss_is_bound(monkeypatch):
-    @with_args
-    def cooled(y_true, y_pred):
-        def divide(value):
-            return value / TEMPERATURE  # noqa: F821
-
-        return divide(mse(y_true, y_pred))
-
-    monkeypatch.setitem(globals(), "TEMPERATURE", keras.Variable(1.0))
-    with pytest.raises(SignatureError, match="cooled uses 'TEMPERATURE' from outside"):
-        cooled()
-
-
-def test_variable_as_a_default():
-    with pytest.raises(SignatureError, match="uses 'temperature' from outside, a keras.Variable"):
-
-        @with_args
-        def cooled(y_true, y_pred, temperature=keras.Variable(1.0)):  # noqa: B008
-            return mse(y_true, y_pred) / temperature
-
-
 def test_captured_constants_are_fine():
     later: list[float]
     margin = 2.0
@@ -453,6 +550,30 @@ def test_captured_constants_are_fine():
 
     later = [1.0]
     assert to_float(hinge()(Y_TRUE, Y_PRED)) == 8
+
+
+def test_captured_values_are_not_saved():
+    later: list[float]
+
+    def outer(function):
+        @functools.wraps(function)
+        def inner(y_true, y_pred):
+            return function(y_true, y_pred)
+
+        return inner
+
+    @with_args
+    def hinge(y_true, y_pred):
+        return mse(y_true, y_pred) + later[0]
+
+    with pytest.raises(SavingError, match="hinge captures 'later' from"):
+        hinge().get_config()  # `later` is not assigned yet
+    later = [1.0]
+    with pytest.raises(SavingError, match="hinge captures 'later' from"):
+        hinge().get_config()
+    partial = functools.update_wrapper(functools.partial(plus.__wrapped__, extra=2), mse)
+    with pytest.raises(SavingError, match="mse captures .*'extra'"):
+        with_args(outer(partial))().get_config()
 
 
 def test_two_functions_of_one_name():
@@ -470,3 +591,39 @@ def test_two_functions_of_one_name():
     assert text.startswith("Two different functions are called 'two_functions>same': test_two_func")
     assert "@with_args(package=...)" in text
     with_args(second, name="same", package="another")
+
+
+def in_another_module(function, name):
+    """A copy of a function, as if a module of that name defined it."""
+    namespace = {**function.__globals__, "__name__": name, "__file__": f"/{name}.py"}
+    copied = types.FunctionType(function.__code__, namespace, function.__name__)
+    copied.__module__ = name
+    return copied
+
+
+def test_partials_of_functions_of_two_modules():
+    one, other = (
+        with_args(functools.partial(in_another_module(plus.__wrapped__, name), extra=extra))
+        for name, extra in [("first_module", 1), ("second_module", 2)]
+    )
+    assert [one.function.key, other.function.key] == [
+        "first_module>partial",
+        "second_module>partial",
+    ]
+    assert one != other
+    assert one() != other()
+    assert [to_float(loss()(Y_TRUE, Y_PRED)) for loss in (one, other)] == [6, 7]
+
+
+def test_partials_of_one_module():
+    partials = [functools.partial(plus.__wrapped__, extra=extra) for extra in (1, 2)]
+    one, other = map(with_args, partials)
+    assert one() != other()
+    assert [to_float(loss()(Y_TRUE, Y_PRED)) for loss in (one, other)] == [6, 7]
+
+
+def test_partial_does_not_take_the_place_of_its_function():
+    fixed = functools.update_wrapper(functools.partial(plus.__wrapped__, extra=1), plus.__wrapped__)
+    with_args(fixed)
+    config = keras.losses.serialize(plus(2))
+    assert keras.losses.deserialize(config) is plus(2)

@@ -247,7 +247,7 @@ def registered(key: str, module: str) -> LossFunction:
             return inspected(fn)
     raise SavingError(
         f"The saved loss uses the function {key!r}, which this process does not know. Import the "
-        f"module that gives it to with_args (when saved: {module!r}) before loading. If it moved, "
+        f"module that gives it to with_args before loading ({module!r} defined it). If it moved, "
         f"give it its old name, @with_args(package={package!r}, name={name!r}), or load with "
         f"custom_objects={{{key!r}: ...}}.{nearest(key, _registry)}"
     )

@@ -169,7 +169,7 @@ def encode_live(value: Any) -> Any:
 
 def decode_live(config: dict[str, Any]) -> Any:
     """Return the live value that the config of a Keras object describes."""
-    loaded = load_object(config, tuple(live_types))
+    loaded = load_object(config, *live_types)
     return loaded.get_bound_value() if isinstance(loaded, Adapter) else loaded
 
 

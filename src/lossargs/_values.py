@@ -41,19 +41,6 @@ _REFUSED = {
 live_types: list[type] = []
 
 
-@dataclasses.dataclass(frozen=True)
-class Saved:
-    """Represents a live value in a saved loss; the layer that is saved with it has the value.
-
-    Attributes:
-        id: The key of the value in the layer.
-        shown: The `repr` of the value.
-    """
-
-    id: str
-    shown: str
-
-
 @keras.saving.register_keras_serializable(package="lossargs")
 @dataclasses.dataclass(frozen=True)
 class Slot:
@@ -73,7 +60,7 @@ class Slot:
 
 def is_live(value: Any) -> bool:
     """Return whether the value belongs to a model and can change between steps."""
-    return isinstance(value, (Saved, *live_types))
+    return isinstance(value, tuple(live_types))
 
 
 def _is_live_loss(value: Any) -> bool:
@@ -307,7 +294,7 @@ def exhibit(value: Any) -> Any:
     return rebuilt(value, _exhibited)
 
 
-def identity(value: Any, seen: dict[int, Any] | None = None) -> Hashable:
+def identity(value: Any, seen: dict[int, tuple[Any, Hashable]] | None = None) -> Hashable:
     """Return a key that is equal for two values only if they compute the same.
 
     1, 1.0 and True differ, 0.0 and -0.0 differ, dicts in another order differ, and NaN equals
@@ -330,13 +317,13 @@ def identity(value: Any, seen: dict[int, Any] | None = None) -> Hashable:
         return type(value), tuple(identity(item, seen) for item in value)
     if keras.ops.is_tensor(value):
         return type(value), id(value)
-    compares_by_id = type(value).__eq__ is object.__eq__
-    if type(value) in _ATOMS or compares_by_id or isinstance(value, keras.losses.Loss):
-        return type(value), value
+    cls: Any = type(value)
+    if cls in _ATOMS or cls.__eq__ is object.__eq__ or isinstance(value, keras.losses.Loss):
+        return cls, value  # equal only if the same
     return _identity_of_object(value, seen)
 
 
-def _identity_of_object(value: Any, seen: dict[int, Any]) -> Hashable:
+def _identity_of_object(value: Any, seen: dict[int, tuple[Any, Hashable]]) -> Hashable:
     """Return the key of an object whose class may take different objects for equal.
 
     Beside the object, the key has its `repr` and the parts that `pickle` would write.
@@ -385,8 +372,6 @@ def show(value: Any) -> str:
         return f"<{trainable}variable {value.name!r}>"
     if isinstance(value, keras.KerasTensor):
         return f"<symbolic tensor {value.name!r} {value.shape}>"
-    if isinstance(value, Saved):
-        return value.shown
     if is_live(value):
         return str(value) if isinstance(value, keras.Layer) else f"<{type(value).__name__}>"
     return repr(value)
@@ -424,8 +409,6 @@ def encode(value: Any, where: str, encode_live: Callable[[Any], Any] | None = No
         return _encode_array("scalar", np.asarray(value))
     if isinstance(value, _Tensor):
         return _encode_array("tensor", value.array)
-    if isinstance(value, Saved):
-        return {"kind": "live", "id": value.id, "shown": value.shown}
     if is_live(value):
         if encode_live is None:
             raise SavingError(
@@ -451,10 +434,12 @@ def _encode_object(value: Any, where: str) -> dict[str, Any]:
     reason = "a lambda has no name to be found by"
     if name != "<lambda>":
         try:
-            config = json.loads(json.dumps(keras.saving.serialize_keras_object(value)))
+            config = keras.saving.serialize_keras_object(value)
+            if _is_live_loss(value):  # it would come back with other variables
+                return {"kind": "keras", "object": config}
+            config = json.loads(json.dumps(config))
             back = _decode_object(config)
-            # A loss with live arguments gets their values in its model only.
-            if type(back) is type(value) and (_is_live_loss(value) or back == value):
+            if type(back) is type(value) and back == value:
                 return {"kind": "keras", "object": config}
             reason = f"it came back as {back!r}, which is not equal to it"
         except SavingError:
@@ -549,12 +534,10 @@ def decode(
                 return _decode_array(config)[()]
             case "tensor":
                 return _Tensor(_decode_array(config))
-            case "live" if "object" in config:
+            case "live":
                 if decode_live is None:
                     raise ValueError("it has a live value, which belongs to a model")
                 return decode_live(checked(config, "object", dict))
-            case "live":
-                return Saved(checked(config, "id", str), checked(config, "shown", str))
             case "keras":
                 return _decode_object(checked(config, "object", dict))
             case kind:
@@ -596,15 +579,15 @@ def _decode_object(config: dict[str, Any]) -> Any:
     return function
 
 
-def load_object(config: Any, kind: type) -> Any:
-    """Return the object of this class that a config of Keras describes.
+def load_object(config: Any, *kinds: type) -> Any:
+    """Return the object of one of these classes that a config of Keras describes.
 
     Keras itself imports the modules of Keras that a config names, and makes an object of any class.
     This function finds the class first: it imports nothing and calls no other class.
 
     Args:
         config: The config; or an object, to make another one like it.
-        kind: The class of the object; with `object`, any class that defines equality.
+        *kinds: The classes; with `object`, any class that defines equality.
 
     Raises:
         ValueError: The config names another class.
@@ -617,14 +600,15 @@ def load_object(config: Any, kind: type) -> Any:
         cls = keras
         for part in (*config["module"].split(".")[1:], name):
             cls = getattr(cls, part, None) if isinstance(cls, types.ModuleType) else None
-    right = isinstance(cls, type) and not name.startswith("__") and issubclass(cls, kind)
-    if not right or (kind is object and cls.__eq__ is object.__eq__):
-        wanted = "class that defines equality" if kind is object else kind.__name__
+    right = isinstance(cls, type) and not name.startswith("__") and issubclass(cls, kinds)
+    wanted = " or ".join(kind.__name__ for kind in kinds)
+    if not right or (kinds == (object,) and cls.__eq__ is object.__eq__):
+        wanted = "class that defines equality" if kinds == (object,) else wanted
         raise ValueError(
             f"it names {name!r} of {config.get('module')!r}, which is no {wanted} that this "
             "process knows; lossargs never imports what a file names"
         )
     loaded = keras.saving.deserialize_keras_object(config)
-    if not isinstance(loaded, kind):  # Keras has another object under this id
-        raise TypeError(f"{type(loaded).__name__} is no {kind.__name__}")
+    if not isinstance(loaded, kinds):  # Keras has another object under this id
+        raise TypeError(f"{type(loaded).__name__} is no {wanted}")
     return loaded
