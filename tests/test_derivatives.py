@@ -287,38 +287,103 @@ def test_mask_of_what_is_differentiated_along():
 # State: layers that keep statistics, draw random numbers, or add losses.
 
 
-def stateful(x):
-    hidden = keras.layers.Dense(4, activity_regularizer=keras.regularizers.L2(0.1), name="in")(x)
-    hidden = keras.layers.BatchNormalization(momentum=0.5, name="norm")(hidden)
-    return keras.layers.Dense(1, name="out")(hidden)
+def stateful(x, *others):
+    h = keras.layers.Dense(4, "tanh")(keras.layers.Concatenate()([x, *others]))
+    h = keras.layers.BatchNormalization(momentum=0.5)(h)
+    h = keras.layers.Dropout(0.5, seed=0)(h)
+    h = keras.layers.ActivityRegularization(l2=1.0)(h)
+    return h, keras.layers.Dense(1)(h)
 
 
-def trained_state(form):
-    """Moving mean, loss and weights after a step of training."""
+STATEFUL = {
+    "plain": lambda h, u, x, t: u,
+    "one": lambda h, u, x, t: grad(u, x),
+    "two": lambda h, u, x, t: [grad(u, x), grad(u, t)],
+    "nested": lambda h, u, x, t: grad(grad(u, x), t),
+    "flux": lambda h, u, x, t: grad(u * grad(u, x), t),
+    "with y": lambda h, u, x, t: [grad(u, x), u],
+    "with hidden": lambda h, u, x, t: [*derivatives(u, (u, x)), h],
+    "twice": lambda h, u, x, t: [*derivatives(u, (u, x)), *derivatives(h, (h, t))],
+    "continued": lambda h, u, x, t: grad(derivatives(u, (u, x))[0], t),
+}
+
+
+def stateful_model(form):
     keras.utils.set_random_seed(2)
-    x = keras.Input((1,), name="x")
-    u = stateful(x)
-    if form == "plain":
-        u_x = 0 * x
-    elif form == "grad":
-        u_x = grad(u, x)
-    else:
-        u, u_x = derivatives(u, (u, x))
-    loss = losses.equation(u_t=0 * u_x, u_xx=0 * u_x)
-    model = keras.Model(x, attach(u, loss))
-    model.compile(keras.optimizers.SGD(0.1), loss=loss)
-    value = model.train_on_batch(X + 2, T)
-    weights = {"/".join(v.path.split("/")[-2:]): np.array(v.numpy()) for v in model.weights}
-    return weights | {"loss": np.array(value)}
+    x, t = inputs()
+    return keras.Model([x, t], STATEFUL[form](*stateful(x, t), x, t))
 
 
-@pytest.mark.parametrize("form", ["grad", "derivatives"])
-def test_statistics_and_added_losses_count_once(form):
-    expected, state = trained_state("plain"), trained_state(form)
-    assert state.keys() == expected.keys()
-    assert np.abs(expected["norm/moving_mean"]).max() > 0.01
-    for name, value in state.items():
-        np.testing.assert_allclose(value, expected[name], atol=1e-5, err_msg=name)
+def no_loss(y_true, y_pred):
+    return 0 * y_pred
+
+
+def state_after_training(model, **options):
+    """Return the losses that layers add in three steps, and all variables after these."""
+    outputs = len(model.outputs)
+    model.compile(keras.optimizers.SGD(0.1), loss=[no_loss] * outputs, **options)
+    data = ([X + 2, T], [T] * outputs)
+    history = model.fit(*data, batch_size=8, shuffle=False, epochs=2, verbose=0).history["loss"]
+    return [np.array(history), *numbers(sorted(model.variables, key=lambda v: v.path))]
+
+
+def assert_same(state, expected):
+    assert len(state) == len(expected)
+    for value, other in zip(state, expected, strict=True):
+        np.testing.assert_allclose(value, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of torch.compile
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("form", STATEFUL)
+def test_state_changes_as_in_the_plain_network(form, how, saved, tmp_path):
+    if how == "compiled" and BACKEND == "torch" and form != "one":
+        pytest.skip("torch.compile takes minutes")
+    model = stateful_model(form)
+    if saved:
+        model.save(tmp_path / "model.keras")
+        model = keras.saving.load_model(tmp_path / "model.keras")
+    expected = state_after_training(stateful_model("plain"), **HOW[how])
+    assert expected[0].min() > 0
+    assert_same(state_after_training(model, **HOW[how]), expected)
+
+
+@pytest.mark.parametrize("form", STATEFUL)
+def test_state_changes_in_own_loops(form):
+    model, plain = stateful_model(form), stateful_model("plain")
+    for _ in range(2):
+        both = [(model([X, T], training=True), model.losses) for model in (model, plain)]
+        assert_same(*[numbers(losses) for _, losses in both])
+    assert_same(*[numbers(model.variables) for model in (model, plain)])
+    if BACKEND == "jax":
+        import jax
+
+        def call(model, *state):
+            return model.stateless_call(*state, [X, T], training=True, return_losses=True)[1:]
+
+        states = [
+            jax.jit(lambda *state, model=model: call(model, *state))(
+                [v.value for v in model.trainable_variables],
+                [v.value for v in model.non_trainable_variables],
+            )
+            for model in (model, plain)
+        ]
+        assert_same(*[numbers(keras.tree.flatten(state)) for state in states])
+
+
+def test_random_layers_draw_in_each_step():
+    x = keras.Input((64,))
+    slope = keras.Model(x, grad(keras.layers.Dropout(0.5, seed=0)(x), x))
+    first, second = (numbers([slope(np.ones((2, 64)), training=True)])[0] for _ in range(2))
+    assert (first != second).any()
+
+
+def test_layers_without_state_are_not_evaluated_beside():
+    x, t = inputs()
+    u = perceptron()(joined(x, t))
+    model = keras.Model([x, t], grad(grad(u, x), t))
+    assert "net" not in [operation.name for operation in model.operations]
 
 
 def test_random_layers_are_evaluated_once():

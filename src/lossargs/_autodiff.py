@@ -13,7 +13,7 @@ from lossargs._keras import in_symbolic_scope
 # A derivative: the place of what is differentiated among the results of a function, and the places
 # of what it is differentiated along, one after another, among its arguments.
 Path = tuple[int, tuple[int, ...]]
-Function = Callable[[list[Any]], tuple[list[Any], Any]]
+Function = Callable[[list[Any]], list[Any]]
 Values = dict[Path, Any]
 
 
@@ -26,47 +26,45 @@ def _plan(paths: Iterable[Path]) -> dict[Path, list[int]]:
     return plan
 
 
-def _tensorflow(function: Function, xs: list[Any], paths: list[Path]) -> tuple[Values, Any]:
+def _tensorflow(function: Function, xs: list[Any], paths: list[Path]) -> Values:
     import tensorflow as tf  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
     plan = _plan(paths)
     xs = [tf.identity(x) for x in xs]  # two of them may be one tensor
 
-    def up_to(order: int) -> tuple[Values, Any]:
+    def up_to(order: int) -> Values:
         if order == 0:
-            ys, aside = function(xs)
-            return {(place, ()): y for place, y in enumerate(ys)}, aside
+            return {(place, ()): y for place, y in enumerate(function(xs))}
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
             tape.watch(xs)
-            values, aside = up_to(order - 1)
+            values = up_to(order - 1)
         for (y, path), along in plan.items():
             if len(path) == order - 1:
                 sources, zero = [xs[x] for x in along], tf.UnconnectedGradients.ZERO
                 slopes = tape.gradient(values[y, path], sources, unconnected_gradients=zero)
                 for x, slope in zip(along, slopes, strict=True):
                     values[y, (*path, x)] = tf.convert_to_tensor(slope)
-        return values, aside
+        return values
 
     return up_to(max(len(path) for _, path in paths))
 
 
-def _jax(function: Function, xs: list[Any], paths: list[Path]) -> tuple[Values, Any]:
+def _jax(function: Function, xs: list[Any], paths: list[Path]) -> Values:
     import jax  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
     plan = _plan(paths)
 
-    def up_to(order: int) -> Callable[[list[Any]], tuple[Values, Any]]:
+    def up_to(order: int) -> Callable[[list[Any]], Values]:
         if order == 0:
 
-            def results(xs: list[Any]) -> tuple[Values, Any]:
-                ys, aside = function(xs)
-                return {(place, ()): y for place, y in enumerate(ys)}, aside
+            def results(xs: list[Any]) -> Values:
+                return {(place, ()): y for place, y in enumerate(function(xs))}
 
             return results
 
-        def value(xs: list[Any]) -> tuple[Values, Any]:
+        def value(xs: list[Any]) -> Values:
             # As `jax.vjp`, but what all derivatives need is computed, and differentiated, once.
-            values, push_forward, aside = jax.linearize(up_to(order - 1), xs, has_aux=True)
+            values, push_forward = jax.linearize(up_to(order - 1), xs)
             for (y, path), along in plan.items():
                 if len(path) == order - 1:
 
@@ -76,7 +74,7 @@ def _jax(function: Function, xs: list[Any], paths: list[Path]) -> tuple[Values, 
                     pull_back = jax.linear_transpose(push_this, xs)
                     (slopes,) = pull_back(keras.ops.ones_like(values[y, path]))
                     values |= {(y, (*path, x)): slopes[x] for x in along}
-            return values, aside
+            return values
 
         return value
 
@@ -85,7 +83,7 @@ def _jax(function: Function, xs: list[Any], paths: list[Path]) -> tuple[Values, 
 
 def _torch(
     function: Function, xs: list[Any], paths: list[Path], *, probing: bool = False
-) -> tuple[Values, Any]:
+) -> Values:
     import torch  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
     plan = _plan(paths)
@@ -94,8 +92,7 @@ def _torch(
     with torch.enable_grad():  # also when evaluating
         # Two of them may be one tensor.
         xs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in xs]
-        ys, aside = function(xs)
-        values: Values = {(place, ()): y for place, y in enumerate(ys)}
+        values: Values = {(place, ()): y for place, y in enumerate(function(xs))}
         for (y, path), along in plan.items():
             value, sources = values[y, path], [xs[x] for x in along]
             slopes: Any = [None] * len(along)
@@ -115,7 +112,7 @@ def _torch(
                 values[y, (*path, x)] = torch.zeros_like(source) if slope is None else slope
     if not recording:
         values = {path: value.detach() for path, value in values.items()}
-    return values, aside
+    return values
 
 
 def _refuse_cut_graph(value: Any) -> None:
@@ -132,7 +129,7 @@ def _refuse_cut_graph(value: Any) -> None:
 
 def _torch_uncompiled(
     function: Function, xs: list[Any], paths: list[Path], *, probing: bool = False
-) -> tuple[Values, Any]:
+) -> Values:
     import torch  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
     # What `torch.compile` makes has no second derivative.
@@ -143,14 +140,14 @@ def _torch_uncompiled(
 def _probe_tensorflow(function: Function, xs: list[Any], paths: list[Path]) -> None:
     import tensorflow as tf  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
-    probe = tf.function(lambda: _tensorflow(function, xs, paths)[0], autograph=False)
+    probe = tf.function(lambda: _tensorflow(function, xs, paths), autograph=False)
     probe.get_concrete_function()
 
 
 def _probe_jax(function: Function, xs: list[Any], paths: list[Path]) -> None:
     import jax  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
-    jax.eval_shape(lambda xs: _jax(function, xs, paths)[0], xs)
+    jax.eval_shape(lambda xs: _jax(function, xs, paths), xs)
 
 
 def _probe_torch(function: Function, xs: list[Any], paths: list[Path]) -> None:
@@ -166,18 +163,17 @@ def has_derivatives() -> bool:
     return keras.backend.backend() in _BODIES
 
 
-def differentiate(function: Function, xs: list[Any], paths: list[Path]) -> tuple[Values, Any]:
+def differentiate(function: Function, xs: list[Any], paths: list[Path]) -> Values:
     """Derivatives of the results of a function, by the backend in use.
 
     Args:
-        function: Takes a list of tensors and gives a list of tensors, which are differentiated,
-            and tensors aside.
+        function: Takes a list of tensors and gives a list of tensors, which are differentiated.
         xs: The tensors, floating-point.
         paths: The derivatives to take. Each is the gradient of the sum of what it differentiates,
             which for the samples of a batch is each one's own; it can be differentiated further.
 
     Returns:
-        The values by their paths, and among them maybe others; and what the function gave aside.
+        The values by their paths, and among them maybe others.
     """
     return _BODIES[keras.backend.backend()](function, xs, paths)
 

@@ -108,10 +108,8 @@ def derivatives(*wanted: Any) -> list[keras.KerasTensor]:
         return [y for (y,) in paths]
     places = {id(x): place for place, x in enumerate(xs)}
     y_places = {id(y): place for place, y in enumerate(ys)}
-    layer, inputs = _layer_between(
-        xs, ys, [(y_places[id(y)], tuple(places[id(x)] for x in along)) for y, *along in paths]
-    )
-    return list(layer(inputs))
+    by_place = [(y_places[id(y)], tuple(places[id(x)] for x in along)) for y, *along in paths]
+    return _apply_between(xs, ys, by_place)
 
 
 def _distinct(tensors: Iterable[Any]) -> list[Any]:
@@ -129,7 +127,7 @@ def _check(paths: list[tuple[Any, ...]], ys: list[Any], xs: list[Any]) -> None:
             )
     for x in xs:
         others = [other for other in xs if other is not x]
-        used = {id(given) for call in calls_above([x], others) for given in call.input_tensors}
+        used = {id(given) for call in _calls([x], others) for given in _given(call)}
         for other in others:
             if id(other) in used:
                 raise DerivativeError(
@@ -143,8 +141,7 @@ def _check(paths: list[tuple[Any, ...]], ys: list[Any], xs: list[Any]) -> None:
 
 
 def _check_dependence(y: Any, x: Any) -> None:
-    calls = calls_above([y])
-    if y is x or any(given is x for call in calls for given in call.input_tensors):
+    if y is x or any(given is x for call in _calls([y]) for given in _given(call)):
         return
     of_y, of_x = (above([tensor])[0] for tensor in (y, x))
     names = listed(tensor.name for tensor in of_y.values())
@@ -160,17 +157,44 @@ def _check_dependence(y: Any, x: Any) -> None:
     )
 
 
-def _layer_between(
-    xs: list[Any], ys: list[Any], paths: list[Path]
-) -> tuple["Derivatives", list[Any]]:
-    """The layer of derivatives, and the tensors that it is to be called with."""
+def _given(call: Any) -> list[Any]:
+    """Return the tensors that the results of a call are computed from."""
+    derivatives = isinstance(call.operation, Derivatives)
+    return list(call.arguments.args[0] if derivatives else call.input_tensors)
+
+
+def _calls(ys: list[Any], until: Iterable[Any] = ()) -> list[Any]:
+    """Return the calls that `ys` are computed from, without those only evaluated beside them."""
+    needed = {id(y) for y in ys}
+    calls = []
+    for call in reversed(calls_above(ys, until)):
+        if any(id(output) in needed for output in call.outputs):
+            needed |= {id(given) for given in _given(call)}
+            calls.append(call)
+    return calls[::-1]
+
+
+def _evaluated(ys: list[Any]) -> list[Any]:
+    """Return the tensors that a model computes to evaluate the layers of `ys`."""
+    calls = [calls_above([y])[-1] for y in ys]
+    tensors = [
+        call.arguments.kwargs.get("evaluated", [])
+        if isinstance(call.operation, Derivatives)
+        else [y]
+        for y, call in zip(ys, calls, strict=True)
+    ]
+    return _distinct(tensor for some in tensors for tensor in some)
+
+
+def _apply_between(xs: list[Any], ys: list[Any], paths: list[Path]) -> list[Any]:
+    """Return the derivatives along paths, by a new layer."""
     depends = {id(x) for x in xs}
     between = []
-    for call in calls_above(ys, until=xs):
-        if any(id(given) in depends for given in call.input_tensors):
+    for call in _calls(ys, until=xs):
+        if any(id(given) in depends for given in _given(call)):
             between.append(call)
             depends |= {id(output) for output in call.outputs}
-    given = [tensor for call in between for tensor in call.input_tensors]
+    given = [tensor for call in between for tensor in _given(call)]
     fixed = _distinct(tensor for tensor in (*given, *ys) if id(tensor) not in depends)
     inputs = [*xs, *fixed]
     made = [tensor for call in between for tensor in call.outputs]
@@ -183,12 +207,16 @@ def _layer_between(
 
     operations = _distinct(call.operation for call in between)
     place = {id(operation): place for place, operation in enumerate(operations)}
-    calls = [
-        (place[id(c.operation)], rebuilt(c.arguments.args, slot), rebuilt(c.arguments.kwargs, slot))
-        for c in between
-    ]
+    calls = []
+    for call in between:
+        args, kwargs = call.arguments.args, call.arguments.kwargs
+        if isinstance(call.operation, Derivatives):
+            kwargs = {**kwargs, "evaluated": []}
+        calls.append((place[id(call.operation)], rebuilt(args, slot), rebuilt(kwargs, slot)))
     results = [slots[id(y)].index for y in ys]
-    return Derivatives(operations, calls, results, len(xs), paths), inputs
+    layer = Derivatives(operations, calls, results, len(xs), paths)
+    # With the original calls in its graph, a model evaluates them once, whatever its outputs are.
+    return list(layer(inputs, evaluated=_evaluated(ys) if layer.has_state(inputs) else []))
 
 
 def undifferentiated(tensor: keras.KerasTensor) -> keras.KerasTensor:
@@ -197,7 +225,12 @@ def undifferentiated(tensor: keras.KerasTensor) -> keras.KerasTensor:
     if not isinstance(call.operation, Derivatives):
         return tensor
     y, path = call.operation.paths[[id(output) for output in call.outputs].index(id(tensor))]
-    return tensor if path else call.operation.replay(call.input_tensors)[y]
+    return tensor if path else call.operation.replay(_given(call))[y]
+
+
+def _without_history(tensors: list[Any]) -> list[keras.KerasTensor]:
+    # Keras calls the product of a tensor and a number sparse, which it is not.
+    return [keras.KerasTensor(one.shape, one.dtype) for one in tensors]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +246,8 @@ class _Program:
 @keras.saving.register_keras_serializable(package="lossargs")
 class Derivatives(LayerOfOthers):
     """Derivatives of what layers compute, which it calls again as they were called in a graph.
+
+    These calls change no variables and add no losses. The original calls do, in the same model.
 
     Args:
         operations: The layers and operations.
@@ -240,8 +275,6 @@ class Derivatives(LayerOfOthers):
         self.supports_masking = True
         self.operations = operations  # for Keras to find the layers
         self._program = _Program(calls, results, along, paths)
-        # The layers are evaluated here, and maybe nowhere else, if one result is passed on.
-        self.adds_losses = any(not path for _, path in paths)
         self._trainable_checked = False
 
     @property
@@ -269,25 +302,37 @@ class Derivatives(LayerOfOthers):
             values += [results] if keras.ops.is_tensor(results) else keras.tree.flatten(results)
         return [value(place) for place in self._program.results]
 
-    def call(self, inputs: list[Any], training: bool | None = None) -> list[Any]:
+    def has_state(self, inputs: list[Any]) -> bool:
+        """Return whether the layers have non-trainable variables or add losses."""
+        sandbox = Sandbox(collect_losses=True)
+
+        def replay(inputs: list[Any]) -> list[Any]:
+            with sandbox:
+                return self.replay(inputs)
+
+        compute_output_spec(replay, _without_history(inputs))
+        return bool(self.non_trainable_variables or self.metrics_variables or sandbox.losses)
+
+    def call(
+        self,
+        inputs: list[Any],
+        evaluated: Any = (),  # noqa: ARG002 # only there for the model to compute it
+        training: bool | None = None,
+    ) -> list[Any]:
         """The derivatives, for the tensors that are differentiated along and all others."""
         along, paths = self._program.along, self.paths
         xs, fixed = inputs[:along], inputs[along:]
         masks = [get_keras_mask(x) for x in xs]
-        variables: list[keras.Variable] = []
 
-        def function(xs: list[Any]) -> tuple[list[Any], Any]:
+        def function(xs: list[Any]) -> list[Any]:
             for x, mask in zip(xs, masks, strict=True):
                 if mask is not None:
                     set_keras_mask(x, mask)
-            with Sandbox(collect_losses=self.adds_losses) as sandbox:
-                ys = self.replay([*xs, *fixed], training)
-            variables[:] = [variable for variable, _ in sandbox.updates.values()]
-            return ys, ([value for _, value in sandbox.updates.values()], sandbox.losses)
+            with Sandbox():
+                return self.replay([*xs, *fixed], training)
 
         try:
-            values, (updates, losses) = differentiate(function, xs, paths)
-            assigned = list(variables)
+            values = differentiate(function, xs, paths)
             if training and not self._trainable_checked:
                 probe(function, xs, [(y, (*path, path[-1])) for y, path in paths if path])
                 self._trainable_checked = True
@@ -304,18 +349,16 @@ class Derivatives(LayerOfOthers):
                 f"({type(error).__name__}). Use layers and operations that can be differentiated "
                 "that often on this backend."
             ) from error
-        if self.adds_losses:
-            for variable, value in zip(assigned, updates, strict=True):
-                variable.assign(value)
-            for loss in losses:
-                self.add_loss(loss)
         return [values[path] for path in paths]
 
-    def compute_output_spec(self, inputs: list[Any], training: bool | None = None) -> list[Any]:
+    def compute_output_spec(
+        self,
+        inputs: list[Any],
+        evaluated: Any = (),  # noqa: ARG002
+        training: bool | None = None,
+    ) -> list[Any]:
         """Shape and dtype of the derivatives, found out by taking them."""
-        # Keras calls the product of a tensor and a number sparse, which it is not.
-        dense = [keras.KerasTensor(one.shape, one.dtype) for one in inputs]
-        results: Any = compute_output_spec(self.call, dense, training=training)
+        results: Any = compute_output_spec(self.call, _without_history(inputs), training=training)
         return list(results)
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> None:

@@ -158,46 +158,24 @@ def alias(tensor: Any) -> Any:
 
 
 class Sandbox(keras.StatelessScope):
-    """A scope that keeps for itself what happens to variables, and sees them as they are around it.
-
-    Attributes:
-        updates: The variables assigned in it and their last values, by `id`.
-        losses: What layers called `add_loss` with.
-    """
-
-    def __init__(self, *, collect_losses: bool) -> None:
-        super().__init__(collect_losses=collect_losses)
-        self.updates: dict[int, tuple[keras.Variable, Any]] = {}
-
-    def add_update(self, update: tuple[keras.Variable, Any]) -> None:
-        """Called by a variable that is assigned."""
-        super().add_update(update)
-        self.updates[id(update[0])] = update
+    """A scope whose updates are dropped, and that reads variables as the scope around it."""
 
     def get_current_value(self, variable: keras.Variable) -> Any:
-        """Called by a variable that is read."""
+        """Return the value of a variable that is read."""
         value = super().get_current_value(variable)
         around = self.original_scope
         return around.get_current_value(variable) if value is None and around else value
 
 
 class LayerOfOthers(keras.Layer):
-    """A layer that calls layers of which the model it is in calls some too, as its own.
-
-    Attributes:
-        adds_losses: Whether this layer adds the losses of those it calls, as Keras expects it.
-    """
-
-    adds_losses = False
+    """A layer that calls layers of which the model it is in calls some too, as its own."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._convert_input_args = False  # each layer that it calls does that
 
     def _clear_losses(self) -> None:
-        """What Keras does before a call of a layer, which would drop losses of calls elsewhere."""
-        if self.adds_losses:
-            super()._clear_losses()
+        """Keep the losses, which Keras drops before a call: they belong to other calls."""
 
 
 def allow_any_arguments(layer: keras.Layer) -> None:
