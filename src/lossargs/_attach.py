@@ -123,7 +123,7 @@ def attach(target: Target, loss: Any, *, track: Any = ()) -> Target:
         )
     else:
         attached, layers = _attach_tensors(target, loss, track, {})
-        names_of(layers)
+        names_of(layers, by_layer=False)
     return cast(Target, attached)
 
 
@@ -341,7 +341,7 @@ def _by_output(
 
 def _attach_functional(model: Any, loss: Any, track: Any) -> Any:
     outputs, layers = _attach_tensors(model.output, loss, track, _kept_by(model))
-    names_of(layers)
+    names_of(layers, by_layer=False)
     known = {id(tensor) for tensor in model.inputs}
     new: dict[int, Any] = {}
     for one in (one for layer in layers for one in layer.live):
@@ -411,7 +411,7 @@ def _attach_sequential(model: Any, loss: Any, track: Any) -> Any:
     layer = LossArgs(loss, track=_listed(track), kept=kept)
     if not layer.tensors:
         layers = [one for one in model.layers if not isinstance(one, LossArgs)]
-        names_of([layer])
+        names_of([layer], by_layer=False)
         layer.note_weights_of(layers)
         return _sequential(model, [*layers, layer])
     if type(model) is not keras.Sequential or not model.built:

@@ -269,7 +269,9 @@ class LossArgs(keras.Layer):
         """As `__call__`, with all arguments by name in `given`."""
         given = dict(given or {})
         if in_symbolic_scope():  # Keras hides errors that a layer raises here
-            self._prepared.discard(model_being_built())
+            model = model_being_built()
+            if model is not None:
+                self._prepared.discard(model)  # it may be compiled with another loss
             return y_pred
         step = running_step()
         try:
@@ -503,7 +505,7 @@ def layers_of(model: keras.Layer) -> list[LossArgs]:
 
 
 def names_of(
-    layers: Iterable[LossArgs], others: Iterable[str] = ("loss",)
+    layers: Iterable[LossArgs], others: Iterable[str] = ("loss",), *, by_layer: bool = True
 ) -> list[tuple[str, LiveArg]]:
     """Return the live arguments of several layers with their names in the logs.
 
@@ -512,19 +514,24 @@ def names_of(
     Args:
         layers: The layers of one model.
         others: Names that something else has in the logs.
+        by_layer: Whether the name of the layer comes in front where that of the loss is not enough,
+            as in two attached models that are parts of one.
 
     Raises:
         AttachError: Two would still have one name.
     """
     layers = list(layers)
-    live = [one for layer in layers for one in layer.live]
-    values: dict[str, set[Any]] = {}
-    for one in live:
-        values.setdefault(one.label, set()).add(one.key)
-    named = [
-        (one.label if len(values[one.label]) == 1 else f"{one.loss.name}_{one.label}", one)
-        for one in live
-    ]
+    live = [(layer, one) for layer in layers for one in layer.live]
+    names = {id(one): one.label for _, one in live}
+    prefixes = [lambda _, one: one.loss.name, lambda layer, _: layer.name]
+    for prefix in prefixes if by_layer else prefixes[:1]:
+        values: dict[str, set[Any]] = {}
+        for _, one in live:
+            values.setdefault(names[id(one)], set()).add(one.key)
+        for layer, one in live:
+            if len(values[names[id(one)]]) > 1:
+                names[id(one)] = f"{prefix(layer, one)}_{one.label}"
+    named = [(names[id(one)], one) for _, one in live]
     distinct = dict.fromkeys((name, one.key) for name, one in named)
     tracked = [loss.name for layer in layers for loss in layer.track]
     check_names([*others, *(name for name, _ in distinct), *tracked], "Live arguments")
