@@ -203,7 +203,7 @@ def test_equal_constants_give_the_same_object():
         (range(0), range(1, 1)),
         (Decimal("1.0"), Decimal("1.00")),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 @pytest.mark.parametrize("around", AROUND, ids=AROUND)
 def test_values_that_compile_differently_are_different(one, other, around):
