@@ -26,7 +26,8 @@ def grad(y: keras.KerasTensor, x: keras.KerasTensor) -> keras.KerasTensor:
     """The gradient of a symbolic tensor with respect to another, as one more symbolic tensor.
 
     Pass it to a loss, or use it as any tensor of the graph: for another `grad`, as an output of
-    the model. Its layers are those of `y`, shared.
+    the model. Its layers are those of `y`, shared. Their moving statistics, random seeds and added
+    losses change in each step as in a model with the output `y`.
 
     Args:
         y: What is differentiated, floating-point, of any shape. What is summed up over everything
@@ -64,9 +65,9 @@ def grad(y: keras.KerasTensor, x: keras.KerasTensor) -> keras.KerasTensor:
 def derivatives(*wanted: Any) -> list[keras.KerasTensor]:
     """Several derivatives at once, all from one evaluation of the layers that they share.
 
-    By `grad` for each, the layers are evaluated anew each time: compilers merge the evaluations,
-    yet not all that training makes of them, and eager PyTorch merges nothing. Where layers are
-    random, the derivatives are of one and the same draw only here.
+    Separate calls of `grad` evaluate the layers again each time. Compilers merge the evaluations,
+    but not all of their training, and eager PyTorch merges nothing. If layers are random, only the
+    derivatives of one call are of the same draw.
 
     Args:
         *wanted: Each a tuple `(y, x, ...)`: the gradient of `y` along `x`, that along the next,
@@ -164,7 +165,7 @@ def _given(call: Any) -> list[Any]:
 
 
 def _calls(ys: list[Any], until: Iterable[Any] = ()) -> list[Any]:
-    """Return the calls that `ys` are computed from, without those only evaluated beside them."""
+    """Return the calls that `ys` are computed from, without those for `evaluated`."""
     needed = {id(y) for y in ys}
     calls = []
     for call in reversed(calls_above(ys, until)):
@@ -175,7 +176,7 @@ def _calls(ys: list[Any], until: Iterable[Any] = ()) -> list[Any]:
 
 
 def _evaluated(ys: list[Any]) -> list[Any]:
-    """Return the tensors that a model computes to evaluate the layers of `ys`."""
+    """Return tensors whose computation calls each layer of `ys` as in the plain network."""
     calls = [calls_above([y])[-1] for y in ys]
     tensors = [
         call.arguments.kwargs.get("evaluated", [])
@@ -215,7 +216,7 @@ def _apply_between(xs: list[Any], ys: list[Any], paths: list[Path]) -> list[Any]
         calls.append((place[id(call.operation)], rebuilt(args, slot), rebuilt(kwargs, slot)))
     results = [slots[id(y)].index for y in ys]
     layer = Derivatives(operations, calls, results, len(xs), paths)
-    # With the original calls in its graph, a model evaluates them once, whatever its outputs are.
+    # As inputs, the original results are computed once by each model that has this layer.
     return list(layer(inputs, evaluated=_evaluated(ys) if layer.has_state(inputs) else []))
 
 
@@ -316,10 +317,17 @@ class Derivatives(LayerOfOthers):
     def call(
         self,
         inputs: list[Any],
-        evaluated: Any = (),  # noqa: ARG002 # only there for the model to compute it
+        evaluated: Any = (),  # noqa: ARG002
         training: bool | None = None,
     ) -> list[Any]:
-        """The derivatives, for the tensors that are differentiated along and all others."""
+        """Return the derivatives.
+
+        Args:
+            inputs: The tensors that are differentiated along, then all others.
+            evaluated: The original results. They are unused. The model has to compute them, and
+                so updates the state of the layers.
+            training: As for all layers.
+        """
         along, paths = self._program.along, self.paths
         xs, fixed = inputs[:along], inputs[along:]
         masks = [get_keras_mask(x) for x in xs]
