@@ -319,7 +319,7 @@ def no_loss(y_true, y_pred):
 
 
 def state_after_training(model, **options):
-    """Return the losses that layers add in three steps, and all variables after these."""
+    """Return the losses that layers add in each epoch, and all variables after these."""
     outputs = len(model.outputs)
     model.compile(keras.optimizers.SGD(0.1), loss=[no_loss] * outputs, **options)
     data = ([X + 2, T], [T] * outputs)
@@ -334,12 +334,15 @@ def assert_same(state, expected):
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, of torch.compile
-@pytest.mark.parametrize("saved", [False, True])
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("form", STATEFUL)
+@pytest.mark.parametrize(
+    ("form", "how", "saved"),
+    [
+        *((form, "graph", False) for form in STATEFUL),
+        *((form, "graph", True) for form in ("one", "nested", "with y")),
+        *(("one", how, False) for how in HOW if how != "graph"),
+    ],
+)
 def test_state_changes_as_in_the_plain_network(form, how, saved, tmp_path):
-    if how == "compiled" and BACKEND == "torch" and form != "one":
-        pytest.skip("torch.compile takes minutes")
     model = stateful_model(form)
     if saved:
         model.save(tmp_path / "model.keras")

@@ -56,14 +56,11 @@ def _jax(function: Function, xs: list[Any], paths: list[Path]) -> Values:
 
     def up_to(order: int) -> Callable[[list[Any]], Values]:
         if order == 0:
-
-            def results(xs: list[Any]) -> Values:
-                return {(place, ()): y for place, y in enumerate(function(xs))}
-
-            return results
+            return lambda xs: {(place, ()): y for place, y in enumerate(function(xs))}
 
         def value(xs: list[Any]) -> Values:
             # As `jax.vjp`, but what all derivatives need is computed, and differentiated, once.
+            values: Values
             values, push_forward = jax.linearize(up_to(order - 1), xs)
             for (y, path), along in plan.items():
                 if len(path) == order - 1:

@@ -1,7 +1,7 @@
 """`grad` and `derivatives`: derivatives of symbolic tensors, as symbolic tensors."""
 
-import dataclasses
 import math
+import types
 from collections.abc import Iterable
 from typing import Any, Self
 
@@ -26,7 +26,7 @@ def grad(y: keras.KerasTensor, x: keras.KerasTensor) -> keras.KerasTensor:
     """The gradient of a symbolic tensor with respect to another, as one more symbolic tensor.
 
     Pass it to a loss, or use it as any tensor of the graph: for another `grad`, as an output of
-    the model. Its layers are those of `y`, shared.
+    the model. Its layers are those of `y`, shared. Their state changes as with the output `y`.
 
     Args:
         y: What is differentiated, floating-point, of any shape. What is summed up over everything
@@ -64,9 +64,9 @@ def grad(y: keras.KerasTensor, x: keras.KerasTensor) -> keras.KerasTensor:
 def derivatives(*wanted: Any) -> list[keras.KerasTensor]:
     """Several derivatives at once, all from one evaluation of the layers that they share.
 
-    By `grad` for each, the layers are evaluated anew each time: compilers merge the evaluations,
-    yet not all that training makes of them, and eager PyTorch merges nothing. Where layers are
-    random, the derivatives are of one and the same draw only here.
+    Separate calls of `grad` evaluate the layers again each time. Compilers merge the evaluations,
+    but not all of their training, and eager PyTorch merges nothing. If layers are random, only the
+    derivatives of one call are of the same draw.
 
     Args:
         *wanted: Each a tuple `(y, x, ...)`: the gradient of `y` along `x`, that along the next,
@@ -164,7 +164,7 @@ def _given(call: Any) -> list[Any]:
 
 
 def _calls(ys: list[Any], until: Iterable[Any] = ()) -> list[Any]:
-    """Return the calls that `ys` are computed from, without those only evaluated beside them."""
+    """Return the calls that `ys` are computed from, without those for `evaluated`."""
     needed = {id(y) for y in ys}
     calls = []
     for call in reversed(calls_above(ys, until)):
@@ -175,15 +175,13 @@ def _calls(ys: list[Any], until: Iterable[Any] = ()) -> list[Any]:
 
 
 def _evaluated(ys: list[Any]) -> list[Any]:
-    """Return the tensors that a model computes to evaluate the layers of `ys`."""
-    calls = [calls_above([y])[-1] for y in ys]
-    tensors = [
-        call.arguments.kwargs.get("evaluated", [])
-        if isinstance(call.operation, Derivatives)
-        else [y]
-        for y, call in zip(ys, calls, strict=True)
-    ]
-    return _distinct(tensor for some in tensors for tensor in some)
+    """Return tensors whose computation calls each layer of `ys` as in the plain network."""
+    tensors: list[Any] = []
+    for y in ys:
+        call = calls_above([y])[-1]
+        derived = isinstance(call.operation, Derivatives)
+        tensors += call.arguments.kwargs.get("evaluated", []) if derived else [y]
+    return _distinct(tensors)
 
 
 def _apply_between(xs: list[Any], ys: list[Any], paths: list[Path]) -> list[Any]:
@@ -202,20 +200,18 @@ def _apply_between(xs: list[Any], ys: list[Any], paths: list[Path]) -> list[Any]
     slots = {id(tensor): Slot(place) for place, tensor in enumerate([*inputs, *made])}
     slots |= {id(tensor): Slot(place) for place, tensor in enumerate(inputs)}
 
-    def slot(leaf: Any) -> Any:
-        return slots[id(leaf)] if isinstance(leaf, keras.KerasTensor) else leaf
+    def slot(leaf: Any) -> Any:  # `None` for what is `evaluated` beside derivatives
+        return slots.get(id(leaf)) if isinstance(leaf, keras.KerasTensor) else leaf
 
     operations = _distinct(call.operation for call in between)
     place = {id(operation): place for place, operation in enumerate(operations)}
-    calls = []
-    for call in between:
-        args, kwargs = call.arguments.args, call.arguments.kwargs
-        if isinstance(call.operation, Derivatives):
-            kwargs = {**kwargs, "evaluated": []}
-        calls.append((place[id(call.operation)], rebuilt(args, slot), rebuilt(kwargs, slot)))
+    calls = [
+        (place[id(c.operation)], rebuilt(c.arguments.args, slot), rebuilt(c.arguments.kwargs, slot))
+        for c in between
+    ]
     results = [slots[id(y)].index for y in ys]
     layer = Derivatives(operations, calls, results, len(xs), paths)
-    # With the original calls in its graph, a model evaluates them once, whatever its outputs are.
+    # As inputs, the original results are computed once by each model that has this layer.
     return list(layer(inputs, evaluated=_evaluated(ys) if layer.has_state(inputs) else []))
 
 
@@ -233,16 +229,6 @@ def _without_history(tensors: list[Any]) -> list[keras.KerasTensor]:
     return [keras.KerasTensor(one.shape, one.dtype) for one in tensors]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Program:
-    """What the layer is made of, apart, so that Keras does not wrap it for tracking."""
-
-    calls: list[Any]
-    results: list[int]
-    along: int
-    paths: list[Path]
-
-
 @keras.saving.register_keras_serializable(package="lossargs")
 class Derivatives(LayerOfOthers):
     """Derivatives of what layers compute, which it calls again as they were called in a graph.
@@ -251,12 +237,10 @@ class Derivatives(LayerOfOthers):
 
     Args:
         operations: The layers and operations.
-        calls: What is called, one after another: the place of the operation, its arguments and
-            keyword arguments, with a `Slot` for each tensor: those that this layer is called with,
-            then those that the calls give.
+        calls: The calls in order: the place of the operation, arguments, keyword arguments. A
+            `Slot` represents a tensor: first the inputs of this layer, then the results of calls.
         results: The slots of what is differentiated.
-        along: How many of the tensors that this layer is called with are differentiated along;
-            these are the first ones.
+        along: How many of the inputs, the first ones, are differentiated along.
         paths: The derivatives, of results along tensors, by their places.
         **kwargs: Those of `keras.layers.Layer`.
     """
@@ -274,11 +258,14 @@ class Derivatives(LayerOfOthers):
         super().__init__(**{**kwargs, "dtype": keras.config.floatx(), "autocast": False})
         self.supports_masking = True
         self.operations = operations  # for Keras to find the layers
-        self._program = _Program(calls, results, along, paths)
+        # In a namespace, for Keras not to wrap the lists for tracking.
+        self._program = types.SimpleNamespace(
+            calls=calls, results=results, along=along, paths=paths
+        )
         self._trainable_checked = False
 
     @property
-    def paths(self) -> list[Path]:
+    def paths(self) -> Any:
         """The derivatives that this layer gives."""
         return self._program.paths
 
@@ -313,13 +300,8 @@ class Derivatives(LayerOfOthers):
         compute_output_spec(replay, _without_history(inputs))
         return bool(self.non_trainable_variables or self.metrics_variables or sandbox.losses)
 
-    def call(
-        self,
-        inputs: list[Any],
-        evaluated: Any = (),  # noqa: ARG002 # only there for the model to compute it
-        training: bool | None = None,
-    ) -> list[Any]:
-        """The derivatives, for the tensors that are differentiated along and all others."""
+    def call(self, inputs: list[Any], evaluated: Any = (), training: Any = None) -> list[Any]:  # noqa: ARG002
+        """Return the derivatives; `evaluated` only makes the model compute the original results."""
         along, paths = self._program.along, self.paths
         xs, fixed = inputs[:along], inputs[along:]
         masks = [get_keras_mask(x) for x in xs]
@@ -351,14 +333,10 @@ class Derivatives(LayerOfOthers):
             ) from error
         return [values[path] for path in paths]
 
-    def compute_output_spec(
-        self,
-        inputs: list[Any],
-        evaluated: Any = (),  # noqa: ARG002
-        training: bool | None = None,
-    ) -> list[Any]:
+    def compute_output_spec(self, inputs: list[Any], **kwargs: Any) -> list[Any]:
         """Shape and dtype of the derivatives, found out by taking them."""
-        results: Any = compute_output_spec(self.call, _without_history(inputs), training=training)
+        kwargs.pop("evaluated", None)
+        results: Any = compute_output_spec(self.call, _without_history(inputs), **kwargs)
         return list(results)
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> None:

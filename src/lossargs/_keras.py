@@ -168,7 +168,7 @@ class Sandbox(keras.StatelessScope):
 
 
 class LayerOfOthers(keras.Layer):
-    """A layer that calls layers of which the model it is in calls some too, as its own."""
+    """A layer that calls other layers of its model again."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
