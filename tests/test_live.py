@@ -9,7 +9,16 @@ import pytest
 from keras import ops
 
 import losses
-from helpers import BACKEND, KERAS, WHILE_BUILDING, linear_model, message_of, predictions, to_float
+from helpers import (
+    BACKEND,
+    KERAS,
+    WHILE_BUILDING,
+    linear_model,
+    message_of,
+    predictions,
+    to_float,
+    values_on_tensors,
+)
 from lossargs import AttachError, LossArgs, attach, live_args, with_args
 
 pytestmark = pytest.mark.fit

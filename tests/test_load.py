@@ -12,7 +12,7 @@ import pytest
 from keras import ops
 
 import losses
-from helpers import BACKEND, linear_model, predictions, to_float
+from helpers import BACKEND, linear_model, predictions, to_float, values_on_tensors
 from lossargs import attach, live_args, with_args
 
 THREADS = 16

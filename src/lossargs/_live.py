@@ -21,6 +21,13 @@ from lossargs._values import checked, decode, encode, live_types, load_object, r
 _ATTRIBUTE = "_lossargs_steps"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Untracked:
+    """Holds what Keras should not track as a part of a layer."""
+
+    value: Any
+
+
 class Adapter(keras.Layer):
     """Base class for kinds of live arguments; the three built-in kinds are written as subclasses.
 
@@ -91,6 +98,7 @@ class Adapter(keras.Layer):
         # No mixed policy: live values keep their precision.
         super().__init__(**{"dtype": keras.config.floatx(), **kwargs})
         self.tensor = tensor
+        self.adapted = _Untracked(None)
         self.built = True
 
     def read(self, tensor: Any) -> Any:
@@ -119,9 +127,9 @@ class Adapter(keras.Layer):
     def of(cls, value: Any) -> "Adapter":
         """Return the adapter of a value of the type that this class adapts."""
         adapter = cls._of_value.get(id(value))
-        if adapter is None or adapter._adapted.value is not value:
+        if adapter is None or adapter.adapted.value is not value:
             adapter = cls._of_value[id(value)] = cls(value)
-            adapter._adapted = _Untracked(value)
+            adapter.adapted = _Untracked(value)
         return adapter
 
     @property
@@ -136,13 +144,6 @@ class Adapter(keras.Layer):
     def get_bound_value(self) -> Any:
         """Return what a loss that was loaded holds for this adapter."""
         return self
-
-
-@dataclasses.dataclass(frozen=True)
-class _Untracked:
-    """Holds what Keras should not track as a part of a layer."""
-
-    value: Any
 
 
 _adapters: dict[type, type[Adapter]] = {}

@@ -203,11 +203,11 @@ class BoundLoss(keras.losses.Loss):
                 attached to.
             BatchError: What came with the batch would be used wrongly, or not at all.
         """
-        batch, weight = self._split(sample_weight)
-        if in_symbolic_scope():
-            return self._build(y_true, y_pred, weight, extra, batch)
-        context = _Context(running_step(), get_step_values(y_pred), batch)
         try:
+            batch, weight = self._split(sample_weight)
+            if in_symbolic_scope():
+                return self._build(y_true, y_pred, weight, extra, batch)
+            context = _Context(running_step(), get_step_values(y_pred), batch)
             loss = self.evaluate(y_true, y_pred, weight, extra, context)
             for values in context.values:
                 if values.layer.loss is self:
@@ -645,22 +645,26 @@ class _Context:
     batch: Mapping[str, Any]
 
 
-class _InnerLoss:
+class _InnerLoss(keras.losses.Loss):
     """A bound loss as the function of another one calls it: one number for each sample."""
 
     def __init__(self, loss: BoundLoss, context: _Context) -> None:
         self._loss = loss
         self._context = context
 
-    def __call__(
-        self, y_true: Any, y_pred: Any, sample_weight: Any = None, **extra: Any
-    ) -> Any:
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None, **extra: Any) -> Any:
         return self._loss.evaluate(
             y_true, y_pred, sample_weight, extra, self._context, reduction=None
         )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loss, name)
+
+    def __eq__(self, other: object) -> bool:
+        return self._loss == (other._loss if isinstance(other, _InnerLoss) else other)
+
+    def __hash__(self) -> int:
+        return hash(self._loss)
 
 
 def _attached_layers(model: Any) -> list[Any]:
