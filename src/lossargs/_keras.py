@@ -31,13 +31,13 @@ from keras.src.backend.common.tensor_attributes import get_tensor_attr, set_tens
 # The scope in which variables are read in the precision of a layer, or, with `None`, in their own.
 from keras.src.backend.common.variables import AutocastScope
 
-# How Keras makes one number of the losses of the samples; what the replicas of `tf.distribute` are
-# given is scaled by their number, and logs are not.
-from keras.src.losses.loss import reduce_weighted_values, unscale_loss_for_distribution
-
 # What Keras makes of a plain function given to `compile(loss=...)`: rank squeezing, masks, weights
-# and reductions. Evaluating through it is what makes a bound loss equal to such a function.
-from keras.src.losses.losses import LossFunctionWrapper as FunctionLoss
+# and reductions. The replicas of `tf.distribute` get losses scaled by their number, logs are not.
+from keras.src.losses.loss import (
+    reduce_weighted_values,
+    squeeze_or_expand_to_same_rank,
+    unscale_loss_for_distribution,
+)
 
 # What `keras.Model(inputs, outputs)` makes.
 from keras.src.models.functional import Functional
@@ -47,7 +47,6 @@ from keras.src.utils.naming import get_object_name
 
 __all__ = [
     "AutocastScope",
-    "FunctionLoss",
     "Functional",
     "LayerOfOthers",
     "ReadScope",
@@ -82,6 +81,7 @@ __all__ = [
     "set_keras_mask",
     "set_tensor_attr",
     "snapshot",
+    "squeeze_or_expand_to_same_rank",
     "torch_processes",
     "unscale_loss_for_distribution",
     "variables_can_be_assigned",

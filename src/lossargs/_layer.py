@@ -252,7 +252,7 @@ class LossArgs(keras.Layer):
             # All else that Keras does around a call does not concern this layer, and on PyTorch it
             # is done in each step, where it takes longer than a small layer computes.
             with AutocastScope(None):
-                return self.call(y_pred, tensors, given)
+                return self._forward(y_pred, tensors, given, training)
         options = {} if training is None else {"training": training}
         return super().__call__(y_pred, tensors, given, **options)
 
@@ -267,7 +267,11 @@ class LossArgs(keras.Layer):
         given: Mapping[str, Any] | None = None,
     ) -> Any:
         """As `__call__`, with all arguments by name in `given`."""
-        given = dict(given or {})
+        return self._forward(y_pred, tensors, dict(given or {}), None)
+
+    def _forward(
+        self, y_pred: Any, tensors: Sequence[Any], given: dict[str, Any], training: bool | None
+    ) -> Any:
         if in_symbolic_scope():  # Keras hides errors that a layer raises here
             model = model_being_built()
             if model is not None:
@@ -288,10 +292,12 @@ class LossArgs(keras.Layer):
         for adapter in self.adapters:
             tensor = next(inputs, None) if adapter.reads_tensor else None
             read.append(adapter.read(by_adapter.get(adapter, tensor)))
-        values = StepValues(self, read, given)
-        if step is None or not step.keeps_state:
-            # In a user's own loop, the loss may be evaluated where variables cannot be assigned.
-            values.values = self.compute_values(read, called_for_training())
+        is_own_loop = step is None or not step.keeps_state
+        if is_own_loop and training is None:
+            training = called_for_training()
+        values = StepValues(self, read, given, bool(training))
+        if is_own_loop:  # the loss may be evaluated where variables cannot be assigned
+            values.values = self.compute_values(read, bool(training))
         return set_step_values(y_pred, values)
 
     def compute_output_spec(
@@ -325,7 +331,7 @@ class LossArgs(keras.Layer):
             return by_adapter[leaf] if isinstance(leaf, Adapter) else leaf
 
         args = {name: rebuilt(tree, value) for name, tree in self.bound_losses[loss].items()}
-        return {**{n: v for n, v in given.items() if n not in args and loss.takes(n)}, **args}
+        return {**{name: one for name, one in given.items() if loss.takes(name)}, **args}
 
     def gives(self, loss: BoundLoss) -> bool:
         """Return whether calls of this layer give arguments to a loss."""

@@ -359,17 +359,25 @@ class StepValues:
         layer: The layer.
         read: What each of its adapters read.
         given: The arguments in the call of the layer, by name.
+        training: The `training` argument of the call, if it was given one.
         values: The value of each adapter, once it was computed.
     """
 
     layer: Any
     read: list[Any]
     given: dict[str, Any]
+    training: bool
     values: list[Any] | None = None
 
-    def args_of(self, loss: Any, *, training: bool) -> dict[str, Any]:
-        """Return the arguments that the layer gives to one of its losses."""
+    def args_of(self, loss: Any, *, training: bool | None) -> dict[str, Any]:
+        """Return the arguments that the layer gives to one of its losses.
+
+        Args:
+            loss: The loss.
+            training: Whether a step of training is running; `None` in a user's own loop.
+        """
         if self.values is None:
+            training = self.training if training is None else training
             self.values = self.layer.compute_values(self.read, training)
         args: dict[str, Any] = self.layer.args_of(loss, self.values, self.given)
         return args

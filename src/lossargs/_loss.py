@@ -23,7 +23,6 @@ from lossargs._errors import (
 )
 from lossargs._function import LossFunction, registered
 from lossargs._keras import (
-    FunctionLoss,
     ReadScope,
     Sandbox,
     Step,
@@ -35,6 +34,7 @@ from lossargs._keras import (
     model_being_built,
     reduce_weighted_values,
     running_step,
+    squeeze_or_expand_to_same_rank,
     torch_processes,
     weighted_metrics_in_use,
 )
@@ -74,9 +74,7 @@ class BoundLoss(keras.losses.Loss):
     def __init__(
         self, function: LossFunction, args: dict[str, Any], options: dict[str, Any], key: Hashable
     ) -> None:
-        # One policy for all calls: Keras would make a new one from a string each time.
-        self._policy = keras.dtype_policies.get(options["dtype"])
-        super().__init__(**{**options, "dtype": self._policy})
+        super().__init__(**options)
         self._function = function
         self._args = args
         self._key = key  # equal for equal losses
@@ -261,13 +259,8 @@ class BoundLoss(keras.losses.Loss):
     ) -> Any:
         """Return the loss of a batch, without logging it.
 
-        Args:
-            y_true: The targets.
-            y_pred: The predictions.
-            weight: The weights of the samples, if any.
-            extra: Arguments for this call, by name.
-            context: Where the other arguments come from.
-            reduction: How the losses of the samples are reduced; by default as the loss says.
+        Arguments come from `extra`, by name, and from the context. The losses of the samples are
+        reduced as the loss says, or by another `reduction`.
         """
         self._function.check_names(extra, f"{self._function.name} was called with")
         args = self._resolve_args(context, extra)
@@ -276,15 +269,7 @@ class BoundLoss(keras.losses.Loss):
         reduction = self.reduction if reduction is _OWN else reduction
 
         def fn(y_true: Any, y_pred: Any) -> Any:
-            values = self._call_function(y_true, y_pred, args, context)
-            if weight is not None and _is_one_number(values, weight):
-                raise BatchError(
-                    f"{self._function.name} returned one number for the whole batch, and was given "
-                    "weights for its samples (sample_weight or class_weight): Keras would scale "
-                    "that number by their mean, and which samples they belong to would not matter."
-                    " Return one number for each sample, e.g. keras.ops.mean(..., axis=-1)."
-                )
-            return values
+            return self._call_function(y_true, y_pred, weight, args, context)
 
         try:
             # On TensorFlow the scope also keeps the order of reads and updates.
@@ -300,7 +285,7 @@ class BoundLoss(keras.losses.Loss):
         return loss
 
     def _call_function(
-        self, y_true: Any, y_pred: Any, args: Mapping[str, Any], context: "_Context"
+        self, y_true: Any, y_pred: Any, weight: Any, args: Mapping[str, Any], context: "_Context"
     ) -> Any:
         """Call the user's function with all arguments, and check what it returns."""
 
@@ -320,6 +305,12 @@ class BoundLoss(keras.losses.Loss):
                 f"{self._function.name}(y_true, y_pred) returns a function, {values!r}, and not "
                 "a tensor. Move the extra arguments into one function: "
                 "def f(y_true, y_pred, delta=0.5): ..."
+            )
+        if weight is not None and _is_one_number(values, weight):
+            raise BatchError(
+                f"{self._function.name} returned one number for the whole batch, and was given "
+                "weights for its samples (sample_weight or class_weight). Return one number for "
+                "each sample, e.g. keras.ops.mean(..., axis=-1)."
             )
         self._check_broadcast(values, y_pred, context, call)
         return values
@@ -350,38 +341,30 @@ class BoundLoss(keras.losses.Loss):
     def _reduce(
         self, fn: Callable[..., Any], y_true: Any, y_pred: Any, weight: Any, reduction: Any
     ) -> Any:
-        """Return what Keras makes of a plain function given to `compile`.
+        """Return what Keras makes of a plain function given to `compile`."""
+        mask = get_keras_mask(y_pred)
 
-        On PyTorch, without masks and weights, in fewer steps than Keras takes: compilers take out
-        what Keras does for other cases, PyTorch does it in each step.
-        """
-        convert: Callable[..., Any] = keras.ops.convert_to_tensor
-        if y_true is None:  # `fit(x)` without targets
-            without = keras.tree.map_structure(lambda y: keras.ops.cast(y, self.dtype), y_pred)
-            mask = get_keras_mask(y_pred)
-            return self._reduce_values(fn(None, without), mask, weight, reduction)
-        are_tensors = keras.ops.is_tensor(y_true) and keras.ops.is_tensor(y_pred)
-        is_plain = weight is None and are_tensors and get_keras_mask(y_pred) is None
-        loss = FunctionLoss(fn, reduction=reduction, name=self.name, dtype=self._policy)
-        if keras.backend.backend() != "torch" or not is_plain:
-            return loss(y_true, y_pred, weight)
-        true, pred = convert(y_true, dtype=self.dtype), convert(y_pred, dtype=self.dtype)
-        same_rank = len(true.shape) == len(pred.shape)
-        return self._reduce_values((fn if same_rank else loss.call)(true, pred), None, None, reduction)
+        def convert(tensor: Any) -> Any:
+            return keras.ops.convert_to_tensor(tensor, dtype=self.dtype)
 
-    def _reduce_values(self, values: Any, mask: Any, weight: Any, reduction: Any) -> Any:
-        convert: Callable[..., Any] = keras.ops.convert_to_tensor
-        own_mask = get_keras_mask(values)
-        mask = own_mask if mask is None else mask if own_mask is None else mask & own_mask
-        values = convert(values, dtype=self.dtype)
-        if mask is None and weight is None and reduction == "sum_over_batch_size":
-            size = math.prod(values.shape) if None not in values.shape else 0
-            if size:
+        with keras.name_scope(self.name):
+            y_pred = keras.tree.map_structure(convert, y_pred)
+            if y_true is not None:  # as in `fit(x)`
+                y_true = keras.tree.map_structure(convert, y_true)
+                y_true, y_pred = _of_same_rank(y_true, y_pred)
+            values = fn(y_true, y_pred)
+            own_mask = get_keras_mask(values)
+            if own_mask is not None:
+                mask = own_mask if mask is None else mask & own_mask
+            values = convert(values)
+            size = math.prod(values.shape) if keras.backend.backend() == "torch" else 0
+            if size and mask is None and weight is None and reduction == "sum_over_batch_size":
+                # In fewer steps than Keras takes. Compilers take out the others, PyTorch does not.
                 total: Any = keras.ops.sum(values)
                 return total / size
-        return reduce_weighted_values(
-            values, sample_weight=weight, mask=mask, reduction=reduction, dtype=self.dtype
-        )
+            return reduce_weighted_values(
+                values, sample_weight=weight, mask=mask, reduction=reduction, dtype=self.dtype
+            )
 
     def _check_reads(self, scope: ReadScope, model: Any) -> None:
         """Raise if the function read a variable that the model does not hold."""
@@ -422,7 +405,7 @@ class BoundLoss(keras.losses.Loss):
         """Return the arguments of one call by name, those of the call first."""
         args = {**self._args, **{n: v for n, v in context.batch.items() if self.takes(n)}}
         carried = [one for one in context.values if self in one.layer.bound_losses]
-        training = context.step is not None and context.step.training
+        training = context.step and context.step.training
         for one in carried:
             args |= one.args_of(self, training=training)
         args |= extra
@@ -578,8 +561,9 @@ class BoundLoss(keras.losses.Loss):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        args = {name: rebuilt(value, _pack) for name, value in self._args.items()}
-        return _unpickled, (self._function, args, self._options())
+        if self.holds_live:
+            return type(self).from_config, (self.get_config(),)
+        return _unpickled, (self._function, self._args, self._options())
 
     def __setattr__(self, name: str, value: Any) -> None:
         if getattr(self, "_frozen", False):
@@ -608,25 +592,7 @@ class BoundLoss(keras.losses.Loss):
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Packed:
-    """A live value as it is pickled."""
-
-    config: dict[str, Any]
-
-
-def _pack(leaf: Any) -> Any:
-    if not is_live(leaf):
-        return leaf
-    return _Packed(keras.saving.serialize_keras_object(encode_live(leaf)))
-
-
-def _unpack(leaf: Any) -> Any:
-    return decode_live(leaf.config) if isinstance(leaf, _Packed) else leaf
-
-
 def _unpickled(function: LossFunction, args: dict[str, Any], options: dict[str, Any]) -> BoundLoss:
-    args = {name: rebuilt(value, _unpack) for name, value in args.items()}
     return BoundLoss.of(function, args, **options)
 
 
@@ -665,6 +631,11 @@ class _InnerLoss(keras.losses.Loss):
 
     def __hash__(self) -> int:
         return hash(self._loss)
+
+
+def _of_same_rank(y_true: Any, y_pred: Any) -> tuple[Any, Any]:
+    pairs = keras.tree.map_structure(squeeze_or_expand_to_same_rank, y_true, y_pred)
+    return tuple(keras.tree.map_structure_up_to(y_true, lambda p, i=i: p[i], pairs) for i in (0, 1))
 
 
 def _attached_layers(model: Any) -> list[Any]:
