@@ -334,6 +334,9 @@ class _InEpochs:
         self._sync()
         return super().value  # type: ignore[misc]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_models": weakref.WeakSet()}  # a copy is in no model
+
     def _direct_assign(self, value: Any) -> None:
         models, self._models = self._models, weakref.WeakSet()  # type: ignore[has-type]
         try:
