@@ -8,16 +8,11 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from lossargs import AttachError, LossArgsError
+from lossargs import LossArgsError
 
 BACKEND = keras.backend.backend()
 KERAS = tuple(int(part) for part in keras.__version__.split(".")[:2])
 TESTS = Path(__file__).parent
-# Before 3.15, Keras hides what is raised while it builds a model in a RuntimeError of that text;
-# from 3.16 on, it hides a ValueError of a loss in one of its own.
-WHILE_BUILDING = (AttachError, RuntimeError) if KERAS < (3, 15) else AttachError
-if KERAS > (3, 15):
-    WHILE_BUILDING = ValueError
 
 
 def linear_model() -> keras.Model:

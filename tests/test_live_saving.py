@@ -10,7 +10,7 @@ import pytest
 
 import losses
 import vaes
-from helpers import KERAS, TESTS, WHILE_BUILDING, linear_model, predictions, run_python, to_float
+from helpers import KERAS, TESTS, linear_model, predictions, run_python, to_float
 from lossargs import AttachError, LossArgs, SavingError, attach, live_args
 
 pytestmark = pytest.mark.fit
@@ -169,7 +169,7 @@ def test_clone_has_arguments_of_its_own(data):
     assert live_args(clone)["shift"] is not shift
     clone.compile("sgd", loss=loss)
     with pytest.raises(
-        WHILE_BUILDING, match="is attached to shifted.* and was compiled with shifted"
+        AttachError, match="is attached to shifted.* and was compiled with shifted"
     ):
         clone.evaluate(data.x, data.y, verbose=0)
     clone.compile("sgd", loss=clone.layers[-1].loss)

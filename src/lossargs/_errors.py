@@ -1,4 +1,4 @@
-"""What can go wrong, each also a built-in exception that callers already catch."""
+"""What can go wrong. No error is a ValueError: Keras wraps these in one of its own."""
 
 import difflib
 from collections.abc import Iterable
@@ -29,23 +29,23 @@ class ArgumentError(LossArgsError, TypeError):
     """An argument is missing, unknown, given twice, or of a kind that cannot work."""
 
 
-class AttachError(LossArgsError, ValueError):
+class AttachError(LossArgsError):
     """A live argument has no value in a step, or cannot get one from this model."""
 
 
-class BatchError(LossArgsError, ValueError):
+class BatchError(LossArgsError):
     """What came with the batch would be used wrongly, or not at all."""
 
 
-class SavingError(LossArgsError, ValueError):
+class SavingError(LossArgsError):
     """A loss cannot be saved so that it loads again, or cannot be loaded."""
 
 
-class DerivativeError(LossArgsError, ValueError):
+class DerivativeError(LossArgsError):
     """A derivative does not exist, or the backend cannot take it."""
 
 
-class EngineError(LossArgsError, ValueError):
+class EngineError(LossArgsError):
     """An engine for several processes would train a model of its own in each of them."""
 
 
