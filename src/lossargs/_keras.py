@@ -140,11 +140,13 @@ class ReadScope(keras.StatelessScope):
 
 
 def snapshot(variable: keras.Variable) -> Any:
-    """Return the value of a variable as it is now, in its own precision."""
-    with AutocastScope(None), ReadScope():
-        # The values of JAX cannot change.
-        value: Any = variable.value
-        return value if keras.backend.backend() == "jax" else keras.ops.copy(value)
+    """Return the value of a variable as it is now."""
+    if keras.backend.backend() == "tensorflow":
+        with ReadScope():
+            return keras.ops.copy(variable.value)
+    # PyTorch assigns in place; the values of JAX cannot change.
+    value: Any = variable.value
+    return value.clone() if keras.backend.backend() == "torch" else value
 
 
 def alias(tensor: Any) -> Any:
@@ -217,11 +219,11 @@ def _method_calls(cls: type, *names: str) -> Iterator[tuple[FrameType, Any]]:
         code = frame.f_code
         if code.co_name in names and code.co_argcount:
             owner = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(owner, cls) and any(
-                code.co_qualname == f"{base.__qualname__}.{code.co_name}"
-                for base in type(owner).__mro__
-            ):
-                yield frame, owner
+            if isinstance(owner, cls):
+                for base in type(owner).__mro__:
+                    if code.co_qualname == f"{base.__qualname__}.{code.co_name}":
+                        yield frame, owner
+                        break
         frame = frame.f_back
 
 

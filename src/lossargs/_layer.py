@@ -93,7 +93,7 @@ class _Plan:
     adapters: dict[Any, Adapter]  # by the keys of the values
     losses: dict[BoundLoss, dict[str, Any]]  # with an adapter for each live value
     live: tuple[LiveArg, ...]
-    logged: tuple[tuple[LiveValue, Adapter], ...]
+    logged: tuple[tuple[LiveValue, int], ...]  # with the place of the adapter
     tracked: tuple[tuple[BoundLoss, keras.Metric], ...]
 
 
@@ -170,11 +170,13 @@ class LossArgs(keras.Layer):
         def adapter(leaf: Any) -> Any:
             return adapters.get(identity(leaf), leaf) if is_live(leaf) else leaf
 
+        self.adapters = list(dict.fromkeys(adapters.values()))  # for Keras to find them
+        place = {adapter: place for place, adapter in enumerate(self.adapters)}
         self._plan = _Plan(
             adapters=adapters,
             losses={one: one.live_args(adapter) for one in losses},
             live=tuple(live),
-            logged=tuple((metric, adapters[key]) for (_, key), metric in metrics.items()),
+            logged=tuple((metric, place[adapters[key]]) for (_, key), metric in metrics.items()),
             tracked=tuple((one, TrackedLoss(name=one.name)) for one in track),
         )
         self.loss = loss
@@ -182,8 +184,6 @@ class LossArgs(keras.Layer):
         self._prepared: weakref.WeakSet[keras.Model] = weakref.WeakSet()
         self.new_inputs = None if new_inputs is None else tuple(new_inputs)
         self.loses_output_name = False
-        # For Keras to find them.
-        self.adapters = list(dict.fromkeys(adapters.values()))
         self.logged = [*metrics.values(), *(metric for _, metric in self._plan.tracked)]
         for one in losses:
             one.layers.add(self)
@@ -292,11 +292,10 @@ class LossArgs(keras.Layer):
         for adapter in self.adapters:
             tensor = next(inputs, None) if adapter.reads_tensor else None
             read.append(adapter.read(by_adapter.get(adapter, tensor)))
-        is_own_loop = step is None or not step.keeps_state
-        if is_own_loop and training is None:
-            training = called_for_training()
-        values = StepValues(self, read, given, bool(training))
-        if is_own_loop:  # the loss may be evaluated where variables cannot be assigned
+        values = StepValues(self, read, given, step)
+        if step is None or not step.keeps_state:
+            # In a user's own loop, the loss may be evaluated where variables cannot be assigned.
+            training = called_for_training() if training is None else training
             values.values = self.compute_values(read, bool(training))
         return set_step_values(y_pred, values)
 
@@ -377,9 +376,8 @@ class LossArgs(keras.Layer):
         """Log the live scalars and the tracked losses of a step; called by the loss."""
         if context.step is None or not variables_can_be_assigned():
             return
-        by_adapter = dict(zip(self.adapters, values.values or (), strict=True))
-        for metric, adapter in self._plan.logged:
-            metric.update_state(by_adapter[adapter])
+        for metric, place in self._plan.logged:
+            metric.update_state(values.values[place])
         for loss, metric in self._plan.tracked:
             value = loss.evaluate(y_true, y_pred, sample_weight, {}, context)
             value = keras.ops.stop_gradient(unscale_loss_for_distribution(value))

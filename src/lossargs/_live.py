@@ -9,6 +9,7 @@ import numpy as np
 
 from lossargs._errors import ArgumentError
 from lossargs._keras import (
+    Step,
     alias,
     get_tensor_attr,
     in_sharing_scope,
@@ -359,26 +360,20 @@ class StepValues:
         layer: The layer.
         read: What each of its adapters read.
         given: The arguments in the call of the layer, by name.
-        training: The `training` argument of the call, if it was given one.
+        step: The step in which the layer was called, or `None` in a user's own loop.
         values: The value of each adapter, once it was computed.
     """
 
     layer: Any
     read: list[Any]
     given: dict[str, Any]
-    training: bool
+    step: Step | None
     values: list[Any] | None = None
 
-    def args_of(self, loss: Any, *, training: bool | None) -> dict[str, Any]:
-        """Return the arguments that the layer gives to one of its losses.
-
-        Args:
-            loss: The loss.
-            training: Whether a step of training is running; `None` in a user's own loop.
-        """
+    def args_of(self, loss: Any) -> dict[str, Any]:
+        """Return the arguments that the layer gives to one of its losses."""
         if self.values is None:
-            training = self.training if training is None else training
-            self.values = self.layer.compute_values(self.read, training)
+            self.values = self.layer.compute_values(self.read, self.step and self.step.training)
         args: dict[str, Any] = self.layer.args_of(loss, self.values, self.given)
         return args
 

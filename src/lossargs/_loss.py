@@ -205,7 +205,7 @@ class BoundLoss(keras.losses.Loss):
             batch, weight = self._split(sample_weight)
             if in_symbolic_scope():
                 return self._build(y_true, y_pred, weight, extra, batch)
-            context = _Context(running_step(), get_step_values(y_pred), batch)
+            context = _context_of(y_pred, batch)
             loss = self.evaluate(y_true, y_pred, weight, extra, context)
             for values in context.values:
                 if values.layer.loss is self:
@@ -348,9 +348,9 @@ class BoundLoss(keras.losses.Loss):
             return keras.ops.convert_to_tensor(tensor, dtype=self.dtype)
 
         with keras.name_scope(self.name):
-            y_pred = keras.tree.map_structure(convert, y_pred)
+            y_pred = _map(convert, y_pred)
             if y_true is not None:  # as in `fit(x)`
-                y_true = keras.tree.map_structure(convert, y_true)
+                y_true = _map(convert, y_true)
                 y_true, y_pred = _of_same_rank(y_true, y_pred)
             values = fn(y_true, y_pred)
             own_mask = get_keras_mask(values)
@@ -398,16 +398,15 @@ class BoundLoss(keras.losses.Loss):
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """Return the loss of each sample, before weights and reduction."""
-        context = _Context(running_step(), get_step_values(y_pred), {})
+        context = _context_of(y_pred, {})
         return self.evaluate(y_true, y_pred, None, {}, context, reduction=None)
 
     def _resolve_args(self, context: "_Context", extra: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the arguments of one call by name, those of the call first."""
         args = {**self._args, **{n: v for n, v in context.batch.items() if self.takes(n)}}
         carried = [one for one in context.values if self in one.layer.bound_losses]
-        training = context.step and context.step.training
         for one in carried:
-            args |= one.args_of(self, training=training)
+            args |= one.args_of(self)
         args |= extra
         missing = self._function.missing(args)
         unresolved = [name for name in self._live if not carried and name not in extra]
@@ -611,6 +610,11 @@ class _Context:
     batch: Mapping[str, Any]
 
 
+def _context_of(y_pred: Any, batch: Mapping[str, Any]) -> _Context:
+    values = get_step_values(y_pred)
+    return _Context(values[0].step if values else running_step(), values, batch)
+
+
 class _InnerLoss(keras.losses.Loss):
     """A bound loss as the function of another one calls it: one number for each sample."""
 
@@ -633,9 +637,18 @@ class _InnerLoss(keras.losses.Loss):
         return hash(self._loss)
 
 
-def _of_same_rank(y_true: Any, y_pred: Any) -> tuple[Any, Any]:
+def _map(function: Callable[..., Any], value: Any) -> Any:
+    """Return a value that is mostly one tensor, converted."""
+    if keras.ops.is_tensor(value):
+        return function(value)
+    return keras.tree.map_structure(function, value)
+
+
+def _of_same_rank(y_true: Any, y_pred: Any) -> Any:
+    if keras.ops.is_tensor(y_true) and keras.ops.is_tensor(y_pred):
+        return squeeze_or_expand_to_same_rank(y_true, y_pred)
     pairs = keras.tree.map_structure(squeeze_or_expand_to_same_rank, y_true, y_pred)
-    return tuple(keras.tree.map_structure_up_to(y_true, lambda p, i=i: p[i], pairs) for i in (0, 1))
+    return [keras.tree.map_structure_up_to(y_true, lambda p, i=i: p[i], pairs) for i in (0, 1)]
 
 
 def _attached_layers(model: Any) -> list[Any]:
