@@ -105,7 +105,7 @@ def test_adapter_without_its_tensor():
 def test_adapter_without_a_value(data):
     loss = losses.shifted(Adapter())
     with pytest.raises(NotImplementedError, match="Adapter has to say in .value. what"):
-        attach(linear_model(), loss).predict(data.x, verbose=0)
+        attach(linear_model(), loss)(data.x)
 
 
 def test_an_adapter_of_no_symbolic_tensor():

@@ -1,5 +1,6 @@
 """`grad` and `derivatives`: their values, gradients through them, saving, and what goes wrong."""
 
+import re
 import copy
 import json
 import textwrap
@@ -324,7 +325,12 @@ def state_after_training(model, **options):
     model.compile(keras.optimizers.SGD(0.1), loss=[no_loss] * outputs, **options)
     data = ([X + 2, T], [T] * outputs)
     history = model.fit(*data, batch_size=8, shuffle=False, epochs=2, verbose=0).history["loss"]
-    return [np.array(history), *numbers(sorted(model.variables, key=lambda v: v.path))]
+    return [np.array(history), *numbers(sorted(model.variables, key=natural_order))]
+
+
+def natural_order(variable):
+    """Return a key that sorts `dense_9` before `dense_10`."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", variable.path)]
 
 
 def assert_same(state, expected):

@@ -238,16 +238,21 @@ class Step:
     """The step of `fit`, `evaluate`, `predict` or `train_on_batch` that is running.
 
     Attributes:
-        model: The model; `None` where the step is compiled by PyTorch.
+        reference: A weak reference to the model; `None` where PyTorch compiles the step.
         training: Whether this is a step of training.
         has_loss: Whether the step computes a loss.
         keeps_state: Whether variables that are assigned in the loss keep their values.
     """
 
-    model: Any
+    reference: Callable[[], Any] | None
     training: bool
     has_loss: bool
     keeps_state: bool
+
+    @property
+    def model(self) -> Any:
+        """The model, or `None`."""
+        return self.reference and self.reference()
 
 
 def running_step() -> Step | None:
@@ -260,7 +265,7 @@ def running_step() -> Step | None:
     for frame, model in _method_calls(keras.Model, *names):
         name = frame.f_code.co_name
         if name != "compute_loss_and_updates":
-            return Step(model, name == "train_step", name != "predict_step", keeps_state)
+            return Step(weakref.ref(model), name == "train_step", name != "predict_step", keeps_state)
         # On JAX only Keras's own step evaluates the loss with the state of the model.
         if frame.f_code is _code_of(keras.Model, "compute_loss_and_updates"):
             keeps_state = True

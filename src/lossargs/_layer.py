@@ -180,6 +180,7 @@ class LossArgs(keras.Layer):
             tracked=tuple((one, TrackedLoss(name=one.name)) for one in track),
         )
         self.loss = loss
+        self._reference = weakref.ref(self)
         self._given: set[str] = set()  # names of arguments in calls of this layer
         self._prepared: weakref.WeakSet[keras.Model] = weakref.WeakSet()
         self.new_inputs = None if new_inputs is None else tuple(new_inputs)
@@ -292,11 +293,11 @@ class LossArgs(keras.Layer):
         for adapter in self.adapters:
             tensor = next(inputs, None) if adapter.reads_tensor else None
             read.append(adapter.read(by_adapter.get(adapter, tensor)))
-        values = StepValues(self, read, given, step)
+        values = StepValues(self._reference, read, given, step)
         if step is None or not step.keeps_state:
             # In a user's own loop, the loss may be evaluated where variables cannot be assigned.
             training = called_for_training() if training is None else training
-            values.values = self.compute_values(read, bool(training))
+            values.compute(training=bool(training))
         return set_step_values(y_pred, values)
 
     def compute_output_spec(
@@ -308,29 +309,6 @@ class LossArgs(keras.Layer):
         """Return shape and dtype of the predictions."""
         self._check(tensors, given or {})
         return keras.KerasTensor(y_pred.shape, y_pred.dtype, sparse=y_pred.sparse)
-
-    def compute_values(self, read: Sequence[Any], training: bool) -> list[Any]:
-        """Return the value of each adapter in this step, and let the adapters go to the next."""
-        pairs = zip(self.adapters, read, strict=True)
-        return [adapter.value(one, training) for adapter, one in pairs]
-
-    def args_of(
-        self, loss: BoundLoss, values: Sequence[Any], given: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Return the arguments of a loss.
-
-        Args:
-            loss: The loss.
-            values: The value of each adapter.
-            given: The arguments in the call of this layer.
-        """
-        by_adapter = dict(zip(self.adapters, values, strict=True))
-
-        def value(leaf: Any) -> Any:
-            return by_adapter[leaf] if isinstance(leaf, Adapter) else leaf
-
-        args = {name: rebuilt(tree, value) for name, tree in self.bound_losses[loss].items()}
-        return {**{name: one for name, one in given.items() if loss.takes(name)}, **args}
 
     def gives(self, loss: BoundLoss) -> bool:
         """Return whether calls of this layer give arguments to a loss."""

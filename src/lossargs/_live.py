@@ -2,6 +2,7 @@
 
 import dataclasses
 import weakref
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import keras
@@ -17,7 +18,7 @@ from lossargs._keras import (
     set_tensor_attr,
     snapshot,
 )
-from lossargs._values import checked, decode, encode, live_types, load_object, reading, show
+from lossargs._values import checked, decode, encode, live_types, load_object, reading, rebuilt, show
 
 _ATTRIBUTE = "_lossargs_steps"
 
@@ -356,26 +357,51 @@ class TensorAdapter(Adapter):
 class StepValues:
     """What one forward pass gives to the losses of a `LossArgs` layer.
 
+    Tensors of TensorFlow hide from Python's garbage collector what they carry: the layer, its
+    losses and the model are held weakly.
+
     Attributes:
-        layer: The layer.
+        layer: The layer, `layer()`.
         read: What each of its adapters read.
         given: The arguments in the call of the layer, by name.
         step: The step in which the layer was called, or `None` in a user's own loop.
         values: The value of each adapter, once it was computed.
+        args: The arguments of each loss, by a reference to it, once they were computed.
     """
 
-    layer: Any
+    layer: Callable[[], Any]
     read: list[Any]
     given: dict[str, Any]
     step: Step | None
     values: list[Any] | None = None
+    args: dict[Any, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def losses(self) -> list[Any]:
+        """Return the losses that get values."""
+        layer = self.layer()
+        found = [reference() for reference in self.args] if layer is None else layer.bound_losses
+        return [loss for loss in found if loss is not None]
 
     def args_of(self, loss: Any) -> dict[str, Any]:
         """Return the arguments that the layer gives to one of its losses."""
         if self.values is None:
-            self.values = self.layer.compute_values(self.read, self.step and self.step.training)
-        args: dict[str, Any] = self.layer.args_of(loss, self.values, self.given)
-        return args
+            self.compute(training=self.step is not None and self.step.training)
+        return self.args[weakref.ref(loss)]
+
+    def compute(self, *, training: bool) -> None:
+        """Compute the values of this step, and let the adapters go on to the next one."""
+        layer = self.layer()
+        pairs = zip(layer.adapters, self.read, strict=True)
+        self.values = [adapter.value(one, training) for adapter, one in pairs]
+        by_adapter = dict(zip(layer.adapters, self.values, strict=True))
+
+        def value(leaf: Any) -> Any:
+            return by_adapter[leaf] if isinstance(leaf, Adapter) else leaf
+
+        for loss, trees in layer.bound_losses.items():
+            given = {name: one for name, one in self.given.items() if loss.takes(name)}
+            live = {name: rebuilt(tree, value) for name, tree in trees.items()}
+            self.args[weakref.ref(loss)] = {**given, **live}
 
 
 def set_step_values(y_pred: Any, step_values: StepValues) -> Any:

@@ -203,17 +203,29 @@ class BoundLoss(keras.losses.Loss):
         """
         try:
             batch, weight = self._split(sample_weight)
+            # TensorFlow runs this code only in a trace, the others build the model first.
+            if self._live and (in_symbolic_scope() or keras.backend.backend() == "tensorflow"):
+                self._refuse_metrics()
             if in_symbolic_scope():
                 return self._build(y_true, y_pred, weight, extra, batch)
             context = _context_of(y_pred, batch)
             loss = self.evaluate(y_true, y_pred, weight, extra, context)
             for values in context.values:
-                if values.layer.loss is self:
-                    values.layer.log(values, context, y_true, y_pred, weight)
+                layer = values.layer()
+                if layer is not None and layer.loss is self:
+                    layer.log(values, context, y_true, y_pred, weight)
         except Exception:
             give_variables_back()
             raise
         return loss
+
+    def _refuse_metrics(self) -> None:
+        if in_metrics():
+            raise AttachError(
+                f"{self!r} has live arguments ({listed(self._live)}), and was given to compile as "
+                "a metric. Metrics are computed outside the step of the model, where these have no "
+                "value. Let the model track it: attach(..., loss, track=[this one])."
+            )
 
     def _build(
         self,
@@ -233,18 +245,12 @@ class BoundLoss(keras.losses.Loss):
                 "loss(y_true, parallel(x, training=True), ...).backward(), and a torch.optim "
                 "optimizer; examples/distributed.py has it."
             )
-        if self._live and in_metrics():
-            raise AttachError(
-                f"{self!r} has live arguments ({listed(self._live)}), and was given to compile as "
-                "a metric. Metrics are computed outside the step of the model, where these have no "
-                "value. Let the model track it: attach(..., loss, track=[this one])."
-            )
         layers = _attached_layers(model)
         for layer in layers:
             layer.prepare(model)
         if any(self in layer.bound_losses for layer in layers):
             return keras.ops.zeros((), dtype=self.dtype)  # stand-ins carry no values
-        step = model and Step(model, training=False, has_loss=True, keeps_state=False)
+        step = model and Step(weakref.ref(model), training=False, has_loss=True, keeps_state=False)
         return self.evaluate(y_true, y_pred, weight, extra, _Context(step, (), batch))
 
     def evaluate(
@@ -404,7 +410,7 @@ class BoundLoss(keras.losses.Loss):
     def _resolve_args(self, context: "_Context", extra: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the arguments of one call by name, those of the call first."""
         args = {**self._args, **{n: v for n, v in context.batch.items() if self.takes(n)}}
-        carried = [one for one in context.values if self in one.layer.bound_losses]
+        carried = [one for one in context.values if self in one.losses()]
         for one in carried:
             args |= one.args_of(self)
         args |= extra
@@ -436,8 +442,9 @@ class BoundLoss(keras.losses.Loss):
         """Return the error for live arguments without a value."""
         what = f"{self!r} has live arguments ({listed(names)}), which have a value only in a step "
         model = context.step and context.step.model
-        layers = [values.layer for values in context.values] or _attached_layers(model)
-        others = [layer.loss for layer in layers if layer.loss is not self]
+        attached = [loss for values in context.values for loss in values.losses()]
+        attached = attached or [layer.loss for layer in _attached_layers(model)]
+        others = [loss for loss in attached if loss is not self]
         if others:
             return AttachError(
                 f"{what}of a model they are attached to, and this model was attached to another "
