@@ -213,7 +213,7 @@ def test_nothing_in_the_batch(data, given):
 
 @pytest.mark.fit
 def test_validation_data_without_the_batch(data):
-    with pytest.raises(ArgumentError, match="and the same for validation and evaluate"):
+    with pytest.raises(ArgumentError, match="also for validation and evaluate"):
         compiled(masked()).fit(
             data.x,
             data.y,

@@ -11,7 +11,7 @@ import pytest
 
 import losses
 from helpers import BACKEND, linear_model, message_of, predictions, to_float
-from lossargs import LossArgs, attach, detach, live_args
+from lossargs import AttachError, LossArgs, attach, detach, live_args
 
 pytestmark = pytest.mark.fit
 SHIFTS = np.array([2, 1, 0, 1, 2, 3])  # of the epochs; best in the third

@@ -1,8 +1,8 @@
 """`grad` and `derivatives`: their values, gradients through them, saving, and what goes wrong."""
 
-import re
 import copy
 import json
+import re
 import textwrap
 
 import bench_derivatives as by_backend

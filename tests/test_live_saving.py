@@ -168,9 +168,7 @@ def test_clone_has_arguments_of_its_own(data):
     clone.set_weights(model.get_weights())
     assert live_args(clone)["shift"] is not shift
     clone.compile("sgd", loss=loss)
-    with pytest.raises(
-        AttachError, match="is attached to shifted.* and was compiled with shifted"
-    ):
+    with pytest.raises(AttachError, match="is attached to shifted.* and was compiled with shifted"):
         clone.evaluate(data.x, data.y, verbose=0)
     clone.compile("sgd", loss=clone.layers[-1].loss)
     live_args(clone)["shift"].assign(7.0)

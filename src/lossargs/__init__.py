@@ -10,7 +10,6 @@ except (ImportError, ValueError) as error:
 else:
     del keras  # it is no name of this package
 
-from lossargs._live import Adapter
 from lossargs._attach import attach, detach, live_args
 from lossargs._derivatives import derivatives, grad
 from lossargs._errors import (
@@ -26,6 +25,7 @@ from lossargs._errors import (
 )
 from lossargs._factory import with_args
 from lossargs._layer import LossArgs
+from lossargs._live import Adapter
 
 __version__ = "0.1.0"
 

@@ -7,9 +7,9 @@ from typing import Any, Concatenate, Generic, ParamSpec, Protocol, overload
 
 import keras
 
-from lossargs._loss import BoundLoss
 from lossargs._errors import SignatureError
 from lossargs._function import LossFunction, inspected
+from lossargs._loss import BoundLoss
 
 P = ParamSpec("P")
 

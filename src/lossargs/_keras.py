@@ -57,8 +57,8 @@ __all__ = [
     "allow_any_arguments",
     "called_for_training",
     "calls_above",
-    "copy_own_state",
     "compute_output_spec",
+    "copy_own_state",
     "flat_layers",
     "follow_in_epochs",
     "get_keras_mask",
@@ -265,7 +265,9 @@ def running_step() -> Step | None:
     for frame, model in _method_calls(keras.Model, *names):
         name = frame.f_code.co_name
         if name != "compute_loss_and_updates":
-            return Step(weakref.ref(model), name == "train_step", name != "predict_step", keeps_state)
+            return Step(
+                weakref.ref(model), name == "train_step", name != "predict_step", keeps_state
+            )
         # On JAX only Keras's own step evaluates the loss with the state of the model.
         if frame.f_code is _code_of(keras.Model, "compute_loss_and_updates"):
             keeps_state = True
@@ -330,33 +332,35 @@ class _InEpochs:
     at the end. `jax_state_sync` moves them to the variables.
     """
 
+    _value: Any
+    _models: weakref.WeakSet[Any]
+
     def _sync(self) -> None:
-        if self._value is None and not in_stateless_scope():  # type: ignore[has-type]
-            for model in list(self._models):  # type: ignore[attr-defined]
-                model.jax_state_sync()
+        models, self._models = self._models, weakref.WeakSet()  # it assigns this variable as well
+        try:
+            for model in list(models):
+                if self._value is None:
+                    model.jax_state_sync()
+        finally:
+            self._models = models
 
     @property
     def value(self) -> Any:
         """The current value."""
-        self._sync()
+        if self._value is None and not in_stateless_scope():
+            self._sync()
         return super().value  # type: ignore[misc]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_models": weakref.WeakSet()}  # a copy is in no model
-
     def _direct_assign(self, value: Any) -> None:
-        models, self._models = self._models, weakref.WeakSet()  # type: ignore[has-type]
-        try:
-            for model in list(models):
-                if self._value is None:  # type: ignore[has-type]
-                    model.jax_state_sync()  # which assigns this variable as well
-        finally:
-            self._models = models
+        self._sync()
         super()._direct_assign(value)  # type: ignore[misc]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_models": weakref.WeakSet()}  # a copy is in no model
 
 
 @functools.cache
-def _class_in_epochs(cls: type) -> type:
+def _class_in_epochs(cls: Any) -> Any:
     return type(cls.__name__, (_InEpochs, cls), {})
 
 
@@ -416,7 +420,7 @@ def keeps_constructor(model: Any, base: type) -> bool:
 
 
 @functools.cache
-def _names_that_keras_sets(cls: type) -> frozenset[str]:
+def _names_that_keras_sets(cls: Any) -> frozenset[str]:
     """Return the attributes of a compiled model of a class of Keras."""
     x, dense = keras.Input((1,)), keras.layers.Dense(1)
     model = keras.Sequential([x, dense]) if cls is keras.Sequential else cls(x, dense(x))

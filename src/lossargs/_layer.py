@@ -28,7 +28,7 @@ from lossargs._keras import (
 )
 from lossargs._live import Adapter, StepValues, VariableAdapter, adapter_of, set_step_values
 from lossargs._loss import BoundLoss
-from lossargs._values import checked, identity, is_live, load_object, reading, rebuilt
+from lossargs._values import checked, identity, is_live, load_object, reading
 
 # Stands for NaN, which processes that compare what they start with would find different.
 _UNREPORTED = float(np.finfo("float32").min)
@@ -165,16 +165,18 @@ class LossArgs(keras.Layer):
                     adapters[key] = kept[key] if key in kept else adapter_of(leaf)
                 if adapters[key].shape == () and (label, key) not in metrics:
                     metrics[label, key] = LiveValue(label)
-                live.append(LiveArg(one, name, label, key, adapters[key], metrics.get((label, key))))
+                live.append(
+                    LiveArg(one, name, label, key, adapters[key], metrics.get((label, key)))
+                )
 
-        def adapter(leaf: Any) -> Any:
-            return adapters.get(identity(leaf), leaf) if is_live(leaf) else leaf
+        def keep(leaf: Any) -> Any:
+            return adapters[identity(leaf)] if is_live(leaf) else leaf
 
         self.adapters = list(dict.fromkeys(adapters.values()))  # for Keras to find them
         place = {adapter: place for place, adapter in enumerate(self.adapters)}
         self._plan = _Plan(
             adapters=adapters,
-            losses={one: one.live_args(adapter) for one in losses},
+            losses={one: one.live_args(keep) for one in losses},
             live=tuple(live),
             logged=tuple((metric, place[adapters[key]]) for (_, key), metric in metrics.items()),
             tracked=tuple((one, TrackedLoss(name=one.name)) for one in track),
@@ -310,9 +312,11 @@ class LossArgs(keras.Layer):
         self._check(tensors, given or {})
         return keras.KerasTensor(y_pred.shape, y_pred.dtype, sparse=y_pred.sparse)
 
-    def gives(self, loss: BoundLoss) -> bool:
-        """Return whether calls of this layer give arguments to a loss."""
-        return loss in self.bound_losses and any(loss.takes(name) for name in self._given)
+    def names_given_to(self, loss: BoundLoss) -> list[str]:
+        """Return the arguments of a loss that calls of this layer give."""
+        if loss not in self.bound_losses:
+            return []
+        return [*self.bound_losses[loss], *(name for name in self._given if loss.takes(name))]
 
     def _takes(self, name: str) -> bool:
         return any(loss.takes(name) for loss in self.bound_losses)
@@ -348,20 +352,18 @@ class LossArgs(keras.Layer):
                 f"self.loss_args(y_pred, {names[0]}=...)."
             )
 
-    def log(
-        self, values: StepValues, context: Any, y_true: Any, y_pred: Any, sample_weight: Any
-    ) -> None:
+    def log(self, values: StepValues, call: Any, y_true: Any, y_pred: Any) -> None:
         """Log the live scalars and the tracked losses of a step; called by the loss."""
-        if context.step is None or not variables_can_be_assigned():
+        if call.step is None or not variables_can_be_assigned():
             return
         for metric, place in self._plan.logged:
-            metric.update_state(values.values[place])
+            metric.update_state((values.values or ())[place])
         for loss, metric in self._plan.tracked:
-            value = loss.evaluate(y_true, y_pred, sample_weight, {}, context)
-            value = keras.ops.stop_gradient(unscale_loss_for_distribution(value))
+            tracked = call.for_loss(loss, extra={}, reduction=loss.reduction)
+            value = unscale_loss_for_distribution(tracked.evaluate(y_true, y_pred))
             # Weighted by batch size, as Keras does its own.
             size: Any = keras.ops.shape(y_pred)[0] if len(y_pred.shape) else None
-            metric.update_state(value, sample_weight=size)
+            metric.update_state(keras.ops.stop_gradient(value), sample_weight=size)
 
     def _prepare_once(self, model: Any) -> None:
         # TensorFlow runs this code only in a trace.
@@ -431,8 +433,9 @@ class LossArgs(keras.Layer):
             owner = one.adapter.get_owner() if is_variable else None
             if owner is not None and not in_sharing_scope():
                 raise SavingError(
-                    f"{one.label!r} of {self.loss!r} is a weight of the layer {owner.name!r}, and would be another variable in a copy. Save and "
-                    "load the model, or clone detach(model)."
+                    f"{one.label!r} of {self.loss!r} is a weight of the layer {owner.name!r}, "
+                    "and would be another variable in a copy. Save and load the model, or clone "
+                    "detach(model)."
                 )
         config = super().get_config()
         del config["dtype"]
@@ -505,14 +508,14 @@ def names_of(
     layers = list(layers)
     live = [(layer, one) for layer in layers for one in layer.live]
     names = {id(one): one.label for _, one in live}
-    prefixes = [lambda _, one: one.loss.name, lambda layer, _: layer.name]
-    for prefix in prefixes if by_layer else prefixes[:1]:
+    for in_front in ("loss", "layer") if by_layer else ("loss",):
         values: dict[str, set[Any]] = {}
         for _, one in live:
             values.setdefault(names[id(one)], set()).add(one.key)
         for layer, one in live:
             if len(values[names[id(one)]]) > 1:
-                names[id(one)] = f"{prefix(layer, one)}_{one.label}"
+                prefix = one.loss.name if in_front == "loss" else layer.name
+                names[id(one)] = f"{prefix}_{one.label}"
     named = [(names[id(one)], one) for _, one in live]
     distinct = dict.fromkeys((name, one.key) for name, one in named)
     tracked = [loss.name for layer in layers for loss in layer.track]

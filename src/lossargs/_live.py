@@ -18,7 +18,16 @@ from lossargs._keras import (
     set_tensor_attr,
     snapshot,
 )
-from lossargs._values import checked, decode, encode, live_types, load_object, reading, rebuilt, show
+from lossargs._values import (
+    checked,
+    decode,
+    encode,
+    live_types,
+    load_object,
+    reading,
+    rebuilt,
+    show,
+)
 
 _ATTRIBUTE = "_lossargs_steps"
 

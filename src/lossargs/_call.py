@@ -1,0 +1,415 @@
+"""One call of a bound loss: where its arguments come from, and what the function may do."""
+
+import dataclasses
+import math
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from lossargs._errors import (
+    ArgumentError,
+    AttachError,
+    BatchError,
+    EngineError,
+    LossArgsError,
+    listed,
+)
+from lossargs._keras import (
+    ReadScope,
+    Sandbox,
+    Step,
+    flat_layers,
+    get_keras_mask,
+    in_metrics,
+    in_symbolic_scope,
+    model_being_built,
+    reduce_weighted_values,
+    running_step,
+    squeeze_or_expand_to_same_rank,
+    torch_processes,
+    weighted_metrics_in_use,
+)
+from lossargs._live import StepValues, get_step_values
+from lossargs._values import describe_lists, hand_on, rebuilt
+
+SAMPLE_WEIGHT = "sample_weight"  # the batch entry that is the ordinary sample weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of a bound loss.
+
+    Attributes:
+        loss: The loss.
+        weight: The weights of the samples, if any.
+        extra: The arguments of the call, by name.
+        batch: The entries of the batch, by name.
+        values: What came with the predictions.
+        step: The step that is running, or `None` in a user's own loop.
+        reduction: How the losses of the samples are reduced.
+    """
+
+    loss: Any
+    weight: Any
+    extra: Mapping[str, Any]
+    batch: Mapping[str, Any]
+    values: Sequence[StepValues]
+    step: Step | None
+    reduction: str | None
+
+    @classmethod
+    def of(cls, loss: Any, y_pred: Any, sample_weight: Any, extra: Mapping[str, Any]) -> "Call":
+        """Return the call of a loss with what a user or Keras gives it.
+
+        Raises:
+            AttachError: The loss has live arguments and is a metric.
+            BatchError: An entry of the batch would be used wrongly, or not at all.
+        """
+        batch, weight = _split(loss, sample_weight)
+        is_symbolic = in_symbolic_scope()
+        # TensorFlow runs this code only in a trace, the others build the model first.
+        if loss.holds_live and (is_symbolic or keras.backend.backend() == "tensorflow"):
+            _refuse_metrics(loss)
+        values = [] if is_symbolic else get_step_values(y_pred)
+        step = values[0].step if values else _step_being_built() if is_symbolic else running_step()
+        return cls(loss, weight, extra, batch, values, step, loss.reduction)
+
+    @property
+    def model(self) -> Any:
+        """The model that runs the step, or is built; `None` in a user's own loop."""
+        return self.step and self.step.model
+
+    def for_loss(self, loss: Any, **changes: Any) -> "Call":
+        """Return the call of another loss with the same batch and predictions."""
+        return dataclasses.replace(self, loss=loss, **changes)
+
+    def evaluate(self, y_true: Any, y_pred: Any) -> Any:
+        """Return the loss of a batch.
+
+        Raises:
+            ArgumentError: An argument is missing or unknown, or the function reads a variable that
+                it was not given.
+            AttachError: A live argument has no value.
+            BatchError: An entry of the batch, or a sample weight, would be used wrongly.
+        """
+        args = self._resolve_args()
+        is_checked = self.model is None or self.model in self.loss.checked_models
+        try:
+            # On TensorFlow the scope also keeps the order of reads and updates.
+            if is_checked and keras.backend.backend() != "tensorflow":
+                return self._reduce(y_true, y_pred, args)
+            with ReadScope() as scope:
+                value = self._reduce(y_true, y_pred, args)
+        except Exception as error:
+            self._explain(error, y_true, y_pred, args)
+            raise
+        if not is_checked:
+            self._check_reads(scope)
+        return value
+
+    # Arguments.
+
+    def _resolve_args(self) -> dict[str, Any]:
+        """Return all arguments by name: of the call, live, of the batch, bound, in this order."""
+        loss, function = self.loss, self.loss.loss_function
+        function.check_names(self.extra, f"{function.name} was called with")
+        args = dict(loss.bound_args)
+        args |= {name: value for name, value in self.batch.items() if loss.takes(name)}
+        values = [one for one in self.values if loss in one.losses()]
+        for one in values:
+            args |= one.args_of(loss)
+        args |= self.extra
+        missing = function.missing(args)
+        lost = [] if values else [n for n in self._names_from_layers() if n not in self.extra]
+        if lost:
+            raise self._not_attached(lost)
+        if missing:
+            raise ArgumentError(
+                f"{function.name} needs a value for {listed(missing)}. Bind it, "
+                f"{function.name}({missing[0]}=...). Or give it with the batch, "
+                f"fit(x, y, sample_weight={{{missing[0]!r}: ...}}), also for validation and "
+                "evaluate; a loss in metrics=[...] gets nothing from the batch."
+            )
+        return args
+
+    def _names_from_layers(self) -> list[str]:
+        """Return the arguments that a layer should have given with the predictions."""
+        names = dict.fromkeys(self.loss.live_names)
+        if self.loss.layers:
+            layers = self.loss.layers if self.model is None else attached_layers(self.model)
+            for layer in layers:
+                names |= dict.fromkeys(layer.names_given_to(self.loss))
+        return list(names)
+
+    def _not_attached(self, names: Sequence[str]) -> AttachError:
+        what = f"{self.loss!r} has live arguments ({listed(names)}), and "
+        attached = [loss for values in self.values for loss in values.losses()]
+        attached = attached or [layer.loss for layer in attached_layers(self.model)]
+        others = [loss for loss in attached if loss is not self.loss]
+        if others:
+            return AttachError(
+                f"{what}this model was attached to another loss, {others[0]!r}. Bind once, and "
+                "give that one loss to attach and to compile. For a model that was loaded or "
+                "cloned, take the `loss` of its LossArgs layer."
+            )
+        return AttachError(
+            f"{what}`y_pred` does not come directly from a model that is attached to it. Write "
+            "model = attach(model, loss) or keras.Model(x, attach(y_pred, loss)) before compile; "
+            "in a subclassed model, return self.loss_args(y_pred). In a call by hand give the "
+            f"values: loss(y_true, y_pred, {names[0]}=...)."
+        )
+
+    # Evaluation.
+
+    def _reduce(self, y_true: Any, y_pred: Any, args: Mapping[str, Any]) -> Any:
+        """Return what Keras makes of a plain function given to `compile`."""
+        mask, dtype = get_keras_mask(y_pred), self.loss.dtype
+
+        def convert(tensor: Any) -> Any:
+            return keras.ops.convert_to_tensor(tensor, dtype=dtype)
+
+        with keras.name_scope(self.loss.name):
+            y_pred = _map(convert, y_pred)
+            if y_true is not None:  # as in `fit(x)`
+                y_true, y_pred = _of_same_rank(_map(convert, y_true), y_pred)
+            values = self._call_function(y_true, y_pred, args)
+            own_mask = get_keras_mask(values)
+            if own_mask is not None:
+                mask = own_mask if mask is None else mask & own_mask
+            values = convert(values)
+            size = math.prod(values.shape) if keras.backend.backend() == "torch" else 0
+            is_plain = mask is None and self.weight is None
+            if size and is_plain and self.reduction == "sum_over_batch_size":
+                # In fewer steps than Keras takes. Compilers take out the others, PyTorch does not.
+                total: Any = keras.ops.sum(values)
+                return total / size
+            return reduce_weighted_values(
+                values, self.weight, mask=mask, reduction=self.reduction, dtype=dtype
+            )
+
+    def _call_function(self, y_true: Any, y_pred: Any, args: Mapping[str, Any]) -> Any:
+        """Call the user's function with all arguments, and check what it returns."""
+        loss, name = self.loss, self.loss.loss_function.name
+
+        def inner(leaf: Any) -> Any:
+            is_inner = isinstance(leaf, keras.losses.Loss) and leaf in loss.inner_losses
+            return _InnerLoss(leaf, self) if is_inner else leaf
+
+        def call(changed: Mapping[str, Any]) -> Any:
+            given = {n: hand_on(v, loss.dtype, n) for n, v in {**args, **changed}.items()}
+            if loss.inner_losses:
+                given = {n: rebuilt(v, inner) for n, v in given.items()}
+            return loss.loss_function.fn(y_true, y_pred, **given)
+
+        values = call({})
+        if callable(values) and not keras.ops.is_tensor(values):
+            raise ArgumentError(
+                f"{name}(y_true, y_pred) returns a function, {values!r}, and not a tensor. Move "
+                "the extra arguments into one function: def f(y_true, y_pred, delta=0.5): ..."
+            )
+        if self.weight is not None and _is_one_number(values, self.weight):
+            raise BatchError(
+                f"{name} returned one number for the whole batch, and was given weights for its "
+                "samples (sample_weight or class_weight). Return one number for each sample, e.g. "
+                "keras.ops.mean(..., axis=-1)."
+            )
+        self._check_broadcast(values, y_pred, call)
+        return values
+
+    def _check_broadcast(self, values: Any, y_pred: Any, call: Callable[..., Any]) -> None:
+        """Raise if an entry of shape `(N,)` makes a square of the losses of `N` samples."""
+        shape = _shape(values)
+        if not self.batch or len(shape) != 2 or shape[0] != shape[1]:
+            return
+        for name, entry in self.batch.items():
+            if len(_shape(entry)) != 1 or not self.loss.takes(name):
+                continue
+            try:
+                with Sandbox():
+                    other = _shape(call({name: keras.ops.expand_dims(entry, -1)}))
+            except Exception:  # noqa: BLE001, S112 - then the function wants this shape
+                continue
+            if other != shape:
+                raise BatchError(
+                    f"The batch entry {name!r} of shape {_shape(entry)} gives "
+                    f"{self.loss.loss_function.name} losses of shape {shape}, where y_pred has "
+                    f"{_shape(y_pred)}: each sample would be combined with the values of all "
+                    f"others. Give it the shape {other}, e.g. {name}[:, None]."
+                )
+
+    # What went wrong.
+
+    def _check_reads(self, scope: ReadScope) -> None:
+        """Raise if the function read a variable that the model does not hold."""
+        model, name = self.model, self.loss.loss_function.name
+        held = {id(variable) for variable in (*model.variables, *model.metrics_variables)}
+        for key, variable in scope.variables.items():
+            if key not in held:
+                raise ArgumentError(
+                    f"{name} reads the variable {variable.path!r} of shape "
+                    f"{tuple(variable.shape)}, which is neither an argument nor a part of the "
+                    "model: JAX would freeze its value, and no backend would train or save it. "
+                    "Pass the variable, or the object that holds it, as an argument: "
+                    f"def {name}(y_true, y_pred, variable): ..."
+                )
+        if not in_symbolic_scope():  # stand-ins of PyTorch draw no random numbers
+            self.loss.checked_models.add(model)
+
+    def _explain(self, error: Exception, y_true: Any, y_pred: Any, args: Mapping[str, Any]) -> None:
+        """Add to an exception of the user's function what the function was called with."""
+        if isinstance(error, LossArgsError):  # these name the argument themselves
+            return
+        name = self.loss.loss_function.name
+        if "KerasTensor" in str(error) and not in_symbolic_scope():
+            raise ArgumentError(
+                f"{name} uses a symbolic tensor (KerasTensor) that it was not given as an argument "
+                f"of the loss. Pass it: def {name}(y_true, y_pred, tensor): ..., and "
+                f"attach(model, {name}(tensor))."
+            ) from error
+        samples, parts = _shape(y_pred)[:1], []
+        for argument, value in {"y_true": y_true, "y_pred": y_pred, **args}.items():
+            part = f"{argument}: {type(value).__name__}"
+            if keras.ops.is_tensor(value) or isinstance(value, np.ndarray):
+                dtype = getattr(value.dtype, "name", str(value.dtype).removeprefix("torch."))
+                part = f"{argument}: {dtype} {_shape(value)}"
+                size = _shape(value)[:1]
+                is_known = None not in (*size, *samples)
+                if argument in self.batch and size and samples and is_known and size != samples:
+                    part += f", which are {size[0]} for the {samples[0]} of y_pred"
+            parts.append(part)
+        note = f"It was raised in the loss {name}, called with {'; '.join(parts)}."
+        error.add_note(f"{note} {describe_lists(args)}".rstrip())
+
+
+class _InnerLoss(keras.losses.Loss):
+    """A bound loss as the function of another one calls it: one number for each sample."""
+
+    def __init__(self, loss: Any, call: Call) -> None:
+        self._loss = loss
+        self._call = call
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None, **extra: Any) -> Any:
+        call = self._call.for_loss(self._loss, weight=sample_weight, extra=extra, reduction=None)
+        return call.evaluate(y_true, y_pred)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_loss"), name)
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self._loss == (other._loss if isinstance(other, _InnerLoss) else other))
+
+    def __hash__(self) -> int:
+        return hash(self._loss)
+
+
+def build(call: Call, y_true: Any, y_pred: Any) -> Any:
+    """Check a model before its first step, in which Keras computes the loss of stand-ins.
+
+    Raises:
+        AttachError: The model is attached to another loss.
+        EngineError: Each of several processes would train a model of its own.
+    """
+    if call.model is not None and torch_processes() > 1:
+        raise EngineError(
+            f"torch.distributed runs {torch_processes()} processes, and on PyTorch Keras's "
+            "fit() trains in one: each would train a model of its own, on all the data it is "
+            "given. Write the loop yourself: parallel = DistributedDataParallel(model), "
+            "loss(y_true, parallel(x, training=True), ...).backward(), and a torch.optim "
+            "optimizer; examples/distributed.py has it."
+        )
+    layers = attached_layers(call.model)
+    for layer in layers:
+        layer.prepare(call.model)
+    if any(call.loss in layer.bound_losses for layer in layers):
+        return keras.ops.zeros((), dtype=call.loss.dtype)  # stand-ins carry no values
+    return call.evaluate(y_true, y_pred)
+
+
+def attached_layers(model: Any) -> list[Any]:
+    """Return the `LossArgs` layers of a model."""
+    layers = [] if model is None else flat_layers(model)
+    return [layer for layer in layers if hasattr(layer, "bound_losses")]
+
+
+def _step_being_built() -> Step | None:
+    model = model_being_built()
+    if model is None:
+        return None
+    return Step(weakref.ref(model), training=False, has_loss=True, keeps_state=False)
+
+
+def _refuse_metrics(loss: Any) -> None:
+    if in_metrics():
+        raise AttachError(
+            f"{loss!r} has live arguments, and was given to compile as a metric. Metrics are "
+            "computed outside the step of the model, where these have no value. Let the model "
+            "track it: attach(..., loss, track=[this one])."
+        )
+
+
+def _split(loss: Any, sample_weight: Any) -> tuple[Mapping[str, Any], Any]:
+    """Return the extra arguments and the sample weight in the third element of the data."""
+    if not isinstance(sample_weight, Mapping):
+        return {}, sample_weight
+    name = loss.loss_function.name
+    batch = {key: value for key, value in sample_weight.items() if key != SAMPLE_WEIGHT}
+    loss.loss_function.check_names(
+        [key for key in batch if not any(inner.takes(key) for inner in loss.inner_losses)],
+        "The batch (third element of the data) has an entry",
+        error=BatchError,
+        instead=(
+            " Leave it out; or, where several losses read one batch, let the function take and"
+            " ignore it: add **extra to its parameters."
+        ),
+    )
+    for key, value in batch.items():
+        if value is None:
+            raise BatchError(
+                f"The batch entry {key!r} for {name} is None. Leave it out to use the bound or "
+                "default value, or give an array."
+            )
+        if getattr(getattr(value, "dtype", None), "kind", "") in ("O", "S", "U"):
+            raise BatchError(
+                f"The batch entry {key!r} for {name} is an array of {value.dtype}, which no "
+                "backend can compute with. Give numbers, e.g. array.astype('float32')."
+            )
+    # Keras weights such a metric by the first entry of the dict, in the order of its keys.
+    first = min(sample_weight) if batch else SAMPLE_WEIGHT
+    if first != SAMPLE_WEIGHT and (metrics := weighted_metrics_in_use()):
+        raise BatchError(
+            f"weighted_metrics={metrics} would be weighted by the batch entry {first!r}, since "
+            "Keras takes the first entry of a dict for the sample weights. Give these metrics as "
+            "metrics=[...], without weights."
+        )
+    return batch, sample_weight.get(SAMPLE_WEIGHT)
+
+
+def _map(function: Callable[..., Any], value: Any) -> Any:
+    """Return a value that is mostly one tensor, converted."""
+    if keras.ops.is_tensor(value):
+        return function(value)
+    return keras.tree.map_structure(function, value)
+
+
+def _of_same_rank(y_true: Any, y_pred: Any) -> Any:
+    if keras.ops.is_tensor(y_true) and keras.ops.is_tensor(y_pred):
+        return squeeze_or_expand_to_same_rank(y_true, y_pred)
+    pairs = keras.tree.map_structure(squeeze_or_expand_to_same_rank, y_true, y_pred)
+    return [keras.tree.map_structure_up_to(y_true, lambda p, i=i: p[i], pairs) for i in (0, 1)]
+
+
+def _is_one_number(values: Any, sample_weight: Any) -> bool:
+    """Return whether the values are one number for all samples, and the weights one for each."""
+    weights = _shape(sample_weight)
+    shape = _shape(values)
+    if not shape:
+        return bool(weights)
+    return all(size == 1 for size in shape) and any(size not in (1, None) for size in weights)
+
+
+def _shape(values: Any) -> tuple[int | None, ...]:
+    shape = values.shape if hasattr(values, "shape") else np.shape(values)
+    return () if getattr(shape, "rank", 0) is None else tuple(shape)  # unknown on TensorFlow
