@@ -166,10 +166,9 @@ def test_missing_argument():
     with pytest.raises(ArgumentError) as error:
         masked()(Y_TRUE, Y_PRED)
     assert message_of(error.value) == (
-        "masked needs a value for 'mask'. Bind it, masked(mask=...); or give it with the batch, as "
-        "an entry of a dict in the third element of the data: fit(x, y, sample_weight={'mask': "
-        "...}), and the same for validation and evaluate; or at the call. A loss in metrics=[...] "
-        "gets nothing from the batch."
+        "masked needs a value for 'mask'. Bind it, masked(mask=...). Or give it with the batch, "
+        "fit(x, y, sample_weight={'mask': ...}), also for validation and evaluate; a loss in "
+        "metrics=[...] gets nothing from the batch."
     )
 
 
@@ -304,3 +303,18 @@ def test_threads_get_the_same_object():
     for thread in threads:
         thread.join()
     assert len({id(loss) for loss in bound}) == 200
+
+
+@pytest.mark.fit
+def test_symbolic_tensor_from_outside():
+    x = keras.Input((3,))
+    hidden = keras.layers.Dense(2)(x)
+
+    def reads_hidden(y_true, y_pred):
+        return keras.losses.mean_squared_error(y_true, y_pred) + keras.ops.mean(hidden)
+
+    model = keras.Model(x, keras.layers.Dense(1)(hidden))
+    model.compile("sgd", loss=with_args(reads_hidden)())
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match="reads_hidden uses a symbolic tensor"):
+            model.fit(np.ones((4, 3)), np.ones((4, 1)), verbose=0)

@@ -205,6 +205,8 @@ class Call:
             return loss.loss_function.fn(y_true, y_pred, **given)
 
         values = call({})
+        if isinstance(values, keras.KerasTensor):
+            raise self._symbolic_tensor_outside()
         if callable(values) and not keras.ops.is_tensor(values):
             raise ArgumentError(
                 f"{name}(y_true, y_pred) returns a function, {values!r}, and not a tensor. Move "
@@ -258,17 +260,20 @@ class Call:
         if not in_symbolic_scope():  # stand-ins of PyTorch draw no random numbers
             self.loss.checked_models.add(model)
 
+    def _symbolic_tensor_outside(self) -> ArgumentError:
+        name = self.loss.loss_function.name
+        return ArgumentError(
+            f"{name} uses a symbolic tensor (KerasTensor) that is not an argument of the loss. "
+            f"Pass it: def {name}(y_true, y_pred, tensor): ..., and attach(model, {name}(tensor))."
+        )
+
     def _explain(self, error: Exception, y_true: Any, y_pred: Any, args: Mapping[str, Any]) -> None:
         """Add to an exception of the user's function what the function was called with."""
         if isinstance(error, LossArgsError):  # these name the argument themselves
             return
         name = self.loss.loss_function.name
-        if "KerasTensor" in str(error) and not in_symbolic_scope():
-            raise ArgumentError(
-                f"{name} uses a symbolic tensor (KerasTensor) that it was not given as an argument "
-                f"of the loss. Pass it: def {name}(y_true, y_pred, tensor): ..., and "
-                f"attach(model, {name}(tensor))."
-            ) from error
+        if "KerasTensor" in str(error):
+            raise self._symbolic_tensor_outside() from error
         samples, parts = _shape(y_pred)[:1], []
         for argument, value in {"y_true": y_true, "y_pred": y_pred, **args}.items():
             part = f"{argument}: {type(value).__name__}"

@@ -382,17 +382,18 @@ class LossArgs(keras.Layer):
         Raises:
             AttachError: The model has another loss, or two names in its logs are equal.
         """
-        given = keras.tree.flatten(getattr(model, "loss", None))
-        compiled = [loss for loss in given if loss is not None]
-        if compiled and self.loss not in compiled:
+        compiled = [one for one in keras.tree.flatten(model.loss) if one is not None]
+        # An attached model may be a part of another one, as a teacher is.
+        is_own = any(layer is self for layer in model.layers)
+        if is_own and compiled and self.loss not in compiled:
             raise AttachError(
                 f"{model.name!r} is attached to {self.loss!r}, and was compiled with "
                 f"{', '.join(map(repr, compiled))}. Bind once, and give that one loss to attach "
-                "and to compile; of a model that was loaded or cloned, it is the `loss` of its "
+                "and to compile. For a model that was loaded or cloned, take the `loss` of its "
                 "LossArgs layer. For another loss take model = detach(model)."
             )
         settle_names(layers_of(model), metric_names(model))
-        if any(layer is self for layer in model.layers):
+        if is_own:
             self.note_weights_of(model.layers)
         for one in self.live:
             if one.adapter.variable is not None:
