@@ -19,7 +19,8 @@ from lossargs._keras import (
     in_sharing_scope,
     set_keras_mask,
 )
-from lossargs._values import Slot, checked, damaged, reading, rebuilt, show
+from lossargs._serialization import checked, damaged, reading
+from lossargs._values import Slot, rebuilt, show
 
 
 def grad(y: keras.KerasTensor, x: keras.KerasTensor) -> keras.KerasTensor:

@@ -28,7 +28,8 @@ from lossargs._keras import (
 )
 from lossargs._live import Adapter, StepValues, VariableAdapter, adapter_of, set_step_values
 from lossargs._loss import BoundLoss
-from lossargs._values import checked, identity, is_live, load_object, reading, rebuilt
+from lossargs._serialization import checked, load_object, reading
+from lossargs._values import identity, is_live, rebuilt
 
 # Stands for NaN, which processes that compare what they start with would find different.
 _UNREPORTED = float(np.finfo("float32").min)

@@ -16,7 +16,8 @@ from lossargs._keras import (
     set_tensor_attr,
     snapshot,
 )
-from lossargs._values import checked, decode, encode, live_types, load_object, reading, show
+from lossargs._serialization import checked, decode, encode, load_object, reading
+from lossargs._values import live_types, show
 
 _ATTRIBUTE = "_lossargs_steps"
 

@@ -39,17 +39,14 @@ from lossargs._keras import (
     weighted_metrics_in_use,
 )
 from lossargs._live import StepValues, decode_live, encode_live, get_step_values
+from lossargs._serialization import checked, decode, encode, reading
 from lossargs._values import (
-    checked,
-    decode,
     describe_lists,
-    encode,
     exhibit,
     hand_on,
     identity,
     is_live,
     live_leaves,
-    reading,
     rebuilt,
     show,
     take,
