@@ -387,7 +387,13 @@ atoms = (
     | st.binary(max_size=4)
     | st.text(max_size=3).map(np.str_)
 )
-keys = st.text(max_size=3) | st.integers(-2, 2) | st.floats(allow_nan=False) | st.none() | st.tuples(st.booleans())
+keys = (
+    st.text(max_size=3)
+    | st.integers(-2, 2)
+    | st.floats(allow_nan=False)
+    | st.none()
+    | st.tuples(st.booleans())
+)
 values = st.recursive(
     atoms | arrays(),
     lambda inner: (
