@@ -199,7 +199,7 @@ def test_arrays_that_are_no_tensors():
         (np.zeros(2, object), "'what' is an array of object"),
         (np.zeros(2, "longdouble"), "'what' is an array of float128"),
         (np.ma.zeros(2), "'what' is a masked array"),
-        (loop, "'what' has too many lists, tuples and dicts in one another"),
+        (loop, "'what' has more than 32 lists, tuples and dicts in one another"),
     ):
         with pytest.raises(ArgumentError, match=text):
             described()(Y_TRUE, Y_PRED, what=value)

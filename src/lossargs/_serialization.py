@@ -104,12 +104,7 @@ def damaged(what: str, reason: str) -> SavingError:
 
 
 def checked(config: Any, name: str, *kinds: type) -> Any:
-    """Return an entry of a config that has one of these types.
-
-    Raises:
-        TypeError: The entry has another type.
-        ValueError: There is no such entry, or the config is not a dict.
-    """
+    """Return an entry of a config that has one of these types, or raise."""
     if not isinstance(config, dict) or name not in config:
         raise ValueError(f"{name!r} is missing")
     if type(config[name]) not in kinds:
@@ -185,12 +180,9 @@ def _find_function(name: str) -> Any:
 def load_object(config: Any, *kinds: type) -> Any:
     """Return the object of one of these classes that a config of Keras describes.
 
-    Keras itself imports the modules of Keras that a config names, and makes an object of any class.
-    This function finds the class first: it imports nothing and calls no other class.
-
-    Args:
-        config: The config; or an object, to make another one like it.
-        *kinds: The classes; with `object`, any class that defines equality.
+    Keras itself imports the modules that a config names, and makes an object of any class. This
+    function finds the class first. With `object`, any class that defines equality will do. An
+    object in place of the config gives another one like it.
 
     Raises:
         ValueError: The config names another class.
@@ -204,14 +196,13 @@ def load_object(config: Any, *kinds: type) -> Any:
         for part in (*module.split(".")[1:], name):
             cls = getattr(cls, part, None) if isinstance(cls, types.ModuleType) else None
     right = isinstance(cls, type) and not name.startswith("__") and issubclass(cls, kinds)
+    wanted = " or ".join(kind.__name__ for kind in kinds)
     if not right or (kinds == (object,) and cls.__eq__ is object.__eq__):
-        wanted = " or ".join(kind.__name__ for kind in kinds)
-        wanted = "class that defines equality" if kinds == (object,) else wanted
         raise ValueError(
             f"it names {name!r} of {module!r}, which is no {wanted} that this process knows; "
             "lossargs never imports what a file names"
         )
     loaded = keras.saving.deserialize_keras_object(config)
     if not isinstance(loaded, kinds):  # Keras has another object under this id
-        raise TypeError(f"{type(loaded).__name__} is no {' or '.join(k.__name__ for k in kinds)}")
+        raise TypeError(f"{type(loaded).__name__} is no {wanted}")
     return loaded

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import pickle
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -27,6 +28,8 @@ _REFUSED = {
     "a seed generator": keras.random.SeedGenerator,
     "an iterator": Iterator,
 }
+
+_VARIABLES = ("tensorflow Variable", "torch Parameter", "flax Variable")
 
 # Types whose values change between steps; `lossargs.Adapter` adds to them.
 live_types: list[type] = []
@@ -71,7 +74,28 @@ def live_leaves(value: Any) -> Iterator[tuple[str, Any]]:
             yield from ((f"_{number}{place}", leaf) for place, leaf in live_leaves(item))
 
 
-def take(value: Any, where: str, depth: int = 0) -> Any:
+def rebuilt(
+    value: Any, convert: Callable[[Any], Any], where: str = "A value", depth: int = 0
+) -> Any:
+    """Return the value in new containers, with each leaf and each key converted.
+
+    Raises:
+        ArgumentError: The value is nested too deep, or contains itself.
+    """
+    if not isinstance(value, (dict, list)) and type(value) is not tuple:
+        return convert(value)
+    if depth > _DEEPEST:
+        raise ArgumentError(
+            f"{where} has more than {_DEEPEST} lists, tuples and dicts in one another, or one that "
+            "contains itself. Give a flatter value."
+        )
+    if isinstance(value, dict):
+        return {convert(k): rebuilt(v, convert, where, depth + 1) for k, v in value.items()}
+    items = [rebuilt(item, convert, where, depth + 1) for item in value]
+    return tuple(items) if type(value) is tuple else items
+
+
+def take(value: Any, where: str) -> Any:
     """Return a copy of a value that the user binds for `where`; live values are not copied.
 
     Numbers of NumPy become numbers of Python, which adapt to the dtype of a tensor. Tensors become
@@ -80,20 +104,12 @@ def take(value: Any, where: str, depth: int = 0) -> Any:
     Raises:
         ArgumentError: The value is neither live nor a constant.
     """
+    return rebuilt(value, functools.partial(_take_leaf, where=where), where)
+
+
+def _take_leaf(value: Any, where: str) -> Any:
     if type(value) in _ATOMS or is_live(value):
         return value
-    if depth > _DEEPEST and isinstance(value, (dict, list, tuple)):
-        raise ArgumentError(
-            f"{where} has more than {_DEEPEST} lists, tuples and dicts in one another, or one that "
-            "contains itself. Give a flatter value."
-        )
-    if isinstance(value, dict):
-        items = value.items()
-        return {take(k, where, depth + 1): take(v, where, depth + 1) for k, v in items}
-    if isinstance(value, list):
-        return [take(item, where, depth + 1) for item in value]
-    if type(value) is tuple:
-        return tuple(take(item, where, depth + 1) for item in value)
     kind = _refused_kind(value)
     if kind is not None:
         raise ArgumentError(
@@ -107,9 +123,8 @@ def take(value: Any, where: str, depth: int = 0) -> Any:
         value = _array_of_tensor(value, where)
     if isinstance(value, np.generic) or hasattr(value, "__array__"):
         value = _plain(value, where)
-        if isinstance(value, np.ndarray):
-            return np.array(value, value.dtype.newbyteorder("="), order="C")
-        return value
+        is_array = isinstance(value, np.ndarray)
+        return np.array(value, value.dtype.newbyteorder("="), order="C") if is_array else value
     _check_parts(value, where)
     try:
         hash(value)
@@ -191,25 +206,12 @@ def _array_of_tensor(value: Any, where: str) -> np.ndarray[Any, Any]:
 
 def _refused_kind(value: Any) -> str | None:
     """Return the kind of a value that cannot be bound, or `None`."""
-    for kind, cls in _REFUSED.items():
-        if isinstance(value, cls):
-            return kind
-    for cls in type(value).__mro__:
-        kind = f"{cls.__module__.partition('.')[0]} {cls.__name__}"
-        if kind in ("tensorflow Variable", "torch Parameter", "flax Variable"):
-            return f"a {kind}"
+    kinds = [kind for kind, cls in _REFUSED.items() if isinstance(value, cls)]
     if getattr(value, "requires_grad", False):
-        return "a torch tensor that requires a gradient"
-    return None
-
-
-def rebuilt(value: Any, convert: Callable[[Any], Any]) -> Any:
-    """Return the value in new containers, with each leaf converted."""
-    if isinstance(value, dict):
-        return {k: rebuilt(v, convert) for k, v in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(rebuilt(item, convert) for item in value)
-    return convert(value)
+        kinds = ["a torch tensor that requires a gradient"]
+    of_backends = (f"{c.__module__.partition('.')[0]} {c.__name__}" for c in type(value).__mro__)
+    kinds += [f"a {kind}" for kind in of_backends if kind in _VARIABLES]
+    return kinds[-1] if kinds else None
 
 
 def hand_on(value: Any, dtype: str, where: str) -> Any:
@@ -238,13 +240,7 @@ def hand_on(value: Any, dtype: str, where: str) -> Any:
             return keras.ops.convert_to_tensor(leaf, dtype=dtype if cast else None)
         return leaf
 
-    try:
-        return rebuilt(value, convert)
-    except RecursionError as error:
-        raise ArgumentError(
-            f"{where!r} has too many lists, tuples and dicts in one another, or one that contains "
-            "itself. Give a flatter value."
-        ) from error
+    return rebuilt(value, convert, repr(where))
 
 
 def _as_tensor(array: np.ndarray[Any, Any], dtype: str, where: str) -> Any:
@@ -316,14 +312,13 @@ def show(value: Any) -> str:
     if type(value) is tuple:
         return "(" + ", ".join(map(show, value)) + ("," if len(value) == 1 else "") + ")"
     if isinstance(value, np.ndarray):
-        if value.size <= 8:
-            return f"array({value.tolist()}, {value.dtype.name})"
-        return f"<array {value.dtype.name} {value.shape}>"
+        large = value.size > 8
+        name = value.dtype.name
+        return f"<array {name} {value.shape}>" if large else f"array({value.tolist()}, {name})"
     if isinstance(value, keras.Variable):
-        trainable = "trainable " if value.trainable else ""
-        return f"<{trainable}variable {value.name!r}>"
+        return f"<{'trainable ' * value.trainable}variable {value.name!r}>"
     if isinstance(value, keras.KerasTensor):
         return f"<symbolic tensor {value.name!r} {value.shape}>"
-    if is_live(value):
-        return str(value) if isinstance(value, keras.Layer) else f"<{type(value).__name__}>"
-    return repr(value)
+    if is_live(value) and not isinstance(value, keras.Layer):
+        return f"<{type(value).__name__}>"
+    return str(value) if is_live(value) else repr(value)
