@@ -68,7 +68,6 @@ def test_constants_are_taken_as_they_are_when_bound():
     values.append(2.0)
     if hasattr(tensor, "add_"):  # torch tensors change in place
         tensor.add_(100)
-        loss.args["b"].add_(100)
     assert to_float(loss(Y_TRUE, Y_PRED)) == before == 7
     assert nested.args["what"] == [1.0]
 
@@ -197,7 +196,7 @@ def test_arrays_that_are_no_tensors():
         (np.zeros(2, object), "'what' is an array of object"),
         (np.zeros(2, "longdouble"), "'what' is an array of float128"),
         (np.ma.zeros(2), "'what' is a masked array"),
-        (loop, "'what' has too many lists, tuples and dicts in one another"),
+        (loop, "'what' has more than 32 lists, tuples and dicts in one another"),
     ):
         with pytest.raises(ArgumentError, match=text):
             described()(Y_TRUE, Y_PRED, what=value)

@@ -186,7 +186,7 @@ def test_equal_constants_give_the_same_object():
         (0.0, -0.0),
         (1.0, 1 + 0j),
         ([1], (1,)),
-        (np.float32(1), np.float64(1)),
+        (np.float32(0.1), np.float64(0.1)),
         (np.arange(3), np.arange(3.0)),
         (np.zeros((1, 2)), np.zeros((2, 1))),
         (np.arange(3), [0, 1, 2]),
@@ -222,11 +222,6 @@ class Cyclic(Silent):
         self.itself = self
 
 
-class Closed(Silent):
-    def __reduce_ex__(self, protocol):
-        raise TypeError("cannot be pickled")
-
-
 class Words(Silent):
     def __init__(self, value):
         super().__init__(value)
@@ -241,7 +236,6 @@ class Words(Silent):
         lambda: Span(Point(0.0), ignored=[{"a": np.arange(3)}]),
         lambda: Silent(2.5),
         lambda: Cyclic(2.5),
-        lambda: Closed(2.5),
         lambda: Words(2.5),
         lambda: Span((Silent(1), Silent(1))),
         lambda: Decimal("0.10"),
@@ -432,9 +426,6 @@ def test_wrong_binding(bind, text):
         (lambda: np.ma.array([1.0, 2.0], mask=[0, 1]), "its data and its mask as two arguments"),
         (lambda: np.zeros(2, [("a", "f4"), ("b", "f4")]), "which no backend can compute with"),
         (lambda: {"deep": [keras.layers.Dense(1)]}, "is a layer"),
-        (lambda: 10**4300, "has an integer of more than 4300 digits"),
-        (lambda: [{-(10**5000): 1}], "has an integer of more than 4300 digits"),
-        (lambda: Point((10**5000,)), "has an integer of more than 4300 digits"),
     ],
 )
 def test_values_that_are_no_constants(value, text):

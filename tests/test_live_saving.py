@@ -200,7 +200,7 @@ def test_loaded_loss_with_another_constant(tmp_path, data, reads_tensors):
 
 
 def test_loss_alone_goes_through_pickle_and_json():
-    loss = losses.flexible(a=variable(), b=1)
+    loss = losses.flexible(a=variable(5.0), b=1)
     copied = pickle.loads(pickle.dumps(loss))
     assert repr(copied) == repr(loss)
     assert copied.args["a"] is not loss.args["a"]  # a variable of its own

@@ -57,7 +57,7 @@ def observed(y_true, y_pred, args):
     received.append((args, keras.backend.standardize_dtype(y_pred.dtype)))
     values = keras.ops.mean(keras.ops.square(y_true - y_pred), axis=-1)
     for place, value in enumerate(args.values(), start=1):
-        added = value(y_true, y_pred) if isinstance(value, keras.losses.Loss) else value
+        added = value(y_true, y_pred) if hasattr(value, "inner_losses") else value
         if keras.ops.is_tensor(added):
             values = values + place * keras.ops.cast(added, values.dtype)
         elif type(added) in (int, float):
@@ -74,30 +74,47 @@ def to_numpy(tensor):
     return keras.ops.convert_to_numpy(tensor)
 
 
-def amount(value):
+def amount(value, batch):
     """What `observed` adds for a value, told by NumPy; `None` for what it does not add."""
     if isinstance(value, keras.losses.Loss):
-        return SAMPLES + value.args["shift"]
+        return SAMPLES + amount(batch.get("shift", value.args["shift"]), {})
     if isinstance(value, np.ndarray) or keras.ops.is_tensor(value):
         return to_numpy(value).astype("float64")
     return np.float64(value) if type(value) in (int, float, *FLOATS) else None
 
 
+def plain(value):
+    """What is bound for a value: scalars of Python, and arrays of NumPy's own dtypes."""
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value))
+    if isinstance(value, (str, bytes)):
+        return value[:]
+    if not isinstance(value, (np.ndarray, np.generic)):
+        return value
+    array = np.asarray(value)
+    array = array.astype("float32") if array.dtype.isbuiltin == 2 else array  # of ml_dtypes
+    is_array = isinstance(value, np.ndarray) or array.dtype.kind in "Mm"
+    return array if is_array else array.item()
+
+
 def handed_on(value, given, dtype):
     """Whether the function got what was given: as it was, or as a tensor, floats in its dtype.
 
-    Floats of NumPy become those of Python. JAX has no 64 bits.
+    Scalars of NumPy become those of Python. JAX has no 64 bits.
     """
+    given = plain(given)
     if isinstance(given, dict):
         value, given = list(value.items()), list(given.items())
     if isinstance(given, (list, tuple)):
         pairs = zip(value, given, strict=True)
         return type(value) is type(given) and all(handed_on(v, g, dtype) for v, g in pairs)
-    if isinstance(given, np.generic) and isinstance(given.item(), (float, np.floating)):
-        return same(value, float(given))
+    if isinstance(given, keras.losses.Loss):
+        return value.args == given.args
     is_text = getattr(getattr(given, "dtype", None), "kind", "") in tuple("SUMm")
     is_array = isinstance(given, np.ndarray) or keras.ops.is_tensor(given)
-    if is_text or isinstance(given, np.generic) or not is_array:
+    if is_text or not is_array:
         return same(value, given)
     if not keras.ops.is_tensor(value) or tuple(value.shape) != tuple(given.shape):
         return False
@@ -266,11 +283,15 @@ def merged(function, case):
         checked(changes, *rules)
         args |= changes
     no_names = [n for n in case.batch if not isinstance(n, str)]
-    checked(case.batch, known, function.extra, {*function.forbidden, *no_names}, BatchError)
+    # Losses among the bound arguments read the batch, too.
+    case.inner = any(isinstance(value, keras.losses.Loss) for value in args.values())
+    own = [n for n in case.batch if n != "shift" or not case.inner]
+    checked(own, known, function.extra, {*function.forbidden, *no_names}, BatchError)
     if nothing := [n for n, value in case.batch.items() if value is None]:
         raise ExpectedError(BatchError, [repr(n) for n in nothing])
     checked(case.extras, *rules)
-    args = args | case.batch | case.extras
+    batch = {n: v for n, v in case.batch.items() if n in own or n in known or function.extra}
+    args = args | batch | case.extras
     if missing := [n for n in known if n not in args and n not in function.defaults]:
         raise ExpectedError(ArgumentError, [repr(n) for n in missing])
     own = {n: args.get(n, function.defaults.get(n)) for n in known}
@@ -317,7 +338,8 @@ def test_bound_loss_equals_the_direct_call(call):
     assert dtype in (case.dtype or "float32", "float32" if BACKEND == "jax" else case.dtype)
     assert list(got) == list(args)
     assert all(handed_on(got[name], given, dtype) for name, given in args.items())
-    terms = [place * amount(v) for place, v in enumerate(args.values(), 1) if amount(v) is not None]
+    amounts = [amount(v, case.batch if case.inner else {}) for v in args.values()]
+    terms = [place * term for place, term in enumerate(amounts, 1) if term is not None]
     weights = np.ones(2) if case.weight is None else np.array(case.weight)
     expected = REDUCED[case.reduction](sum(terms, SAMPLES), weights)
     largest = (9 + sum(np.max(np.abs(term)) for term in terms)) * weights.sum()
@@ -365,7 +387,13 @@ atoms = (
     | st.binary(max_size=4)
     | st.text(max_size=3).map(np.str_)
 )
-keys = st.text(max_size=3) | st.integers(-2, 2) | st.floats() | st.none() | st.tuples(st.booleans())
+keys = (
+    st.text(max_size=3)
+    | st.integers(-2, 2)
+    | st.floats(allow_nan=False)
+    | st.none()
+    | st.tuples(st.booleans())
+)
 values = st.recursive(
     atoms | arrays(),
     lambda inner: (
@@ -402,12 +430,11 @@ def bound(value):
 @given(values)
 @example(nested((np.bytes_(b"text"), DEEPEST)))
 @example(nested((np.array([b"text"]), DEEPEST)))
-@example({float("nan"): 1, float("nan"): 2})
 def test_values_come_back_from_config_and_pickle(value):
     loss = bound(value)
     assume(loss is not None)
     CASES["run"] += 1
-    assert same(loss.args["what"], value)
+    assert same(loss.args["what"], plain(value))
     # NumPy's own pickle drops zeros at the end of text.
     assume(same(pickle.loads(pickle.dumps(value)), value))
     text, pickled = json.dumps(keras.losses.serialize(loss)), pickle.dumps(loss)
@@ -421,7 +448,7 @@ def test_values_come_back_from_config_and_pickle(value):
             gc.collect()
         assert alive() is None
         loaded = load()
-        assert same(loaded.args["what"], value)
+        assert same(loaded.args["what"], plain(value))
         assert loaded == described(what=value)
         alive = weakref.ref(loaded)
         del loaded
@@ -494,5 +521,5 @@ def test_equal_constants_are_one_loss(value, another):
     assert described(what=again) is one
     for other in (value, another, *itertools.islice(variants(value), 100)):
         if (two := bound(other)) is not None:
-            assert (one == two) == (one is two) == same(value, other)
+            assert (one == two) == (one is two) == same(plain(value), plain(other))
             assert one != two or hash(one) == hash(two)

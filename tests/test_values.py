@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import losses
-from helpers import BACKEND, message_of
-from lossargs import SavingError, _values, with_args
+from helpers import message_of
+from lossargs import SavingError, _serialization, _values, with_args
 from losses import composed, described, shifted
 
 
@@ -63,11 +63,6 @@ def test_value_comes_back_exactly(value):
     assert reloaded(described(what=value)) == described(what=value)
 
 
-def test_integer_of_thousands_of_digits_comes_back():
-    loss = described(what=[-(10**4300 - 1)])
-    assert reloaded(loss) is loss
-
-
 @pytest.mark.parametrize(
     "dtype", ["bool", "int8", "uint8", "int16", "int32", "int64", "float16", "float32", "float64"]
 )
@@ -78,16 +73,36 @@ def test_arrays_of_every_dtype_come_back(dtype):
     assert back.dtype == array.dtype
 
 
-def test_tensor_comes_back_as_a_tensor():
-    tensor = keras.ops.convert_to_tensor([1.0, 2.0])
-    loss = described(what=tensor)
-    back = reloaded(loss)
-    assert keras.ops.is_tensor(back.args["what"])
-    assert back == loss
-    kind = "array" if BACKEND == "numpy" else "tensor"
-    assert repr(loss) == f"described(what={kind}([1.0, 2.0], float32))"
-    large = repr(described(what=keras.ops.zeros((3, 4))))
-    assert large == f"described(what=<{kind} float32 (3, 4)>)"
+def test_tensor_is_bound_as_an_array():
+    loss = described(what=keras.ops.convert_to_tensor([1.0, 2.0]))
+    assert loss is described(what=np.array([1.0, 2.0], "float32"))
+    assert reloaded(loss) is loss
+    assert repr(loss) == "described(what=array([1.0, 2.0], float32))"
+    assert repr(described(what=keras.ops.zeros((3, 4)))) == "described(what=<array float32 (3, 4)>)"
+
+
+@pytest.mark.parametrize(
+    ("scalar", "number"),
+    [
+        (np.float64(0.1), 0.1),
+        (np.float32(0.5), 0.5),
+        (ml_dtypes.bfloat16(0.5), 0.5),
+        (np.int64(3), 3),
+        (np.uint8(3), 3),
+        (np.bool_(True), True),
+        (np.complex64(1 + 2j), 1 + 2j),
+        (np.str_("a\0"), "a\0"),
+        (np.bytes_(b"a\0"), b"a\0"),
+    ],
+)
+def test_scalars_of_numpy_are_bound_as_those_of_python(scalar, number):
+    assert described(what=[scalar]) is described(what=[number])
+    assert type(described(what=scalar).args["what"]) is type(number)
+
+
+def test_arrays_of_ml_dtypes_are_bound_as_float32():
+    array = np.arange(4).astype(ml_dtypes.bfloat16)
+    assert described(what=array) is described(what=np.arange(4).astype("float32"))
 
 
 def test_loss_as_a_value_comes_back():
@@ -131,14 +146,6 @@ def test_a_float_of_numpy_computes_as_one_of_python(kind):
     ):
         assert keras.backend.standardize_dtype(value.dtype) == "float32"
         assert float(value) == pytest.approx(np.exp(-0.5), rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("short", "long"), [(np.str_("a"), np.str_("a\0")), (np.bytes_(b"a"), np.bytes_(b"a\0"))]
-)
-def test_zeros_at_the_end_of_text_count(short, long):
-    assert described(what=short) != described(what=long)
-    assert len(described(what=long).args["what"]) == 2
 
 
 def test_options_come_back():
@@ -198,14 +205,15 @@ def test_unsaveable_loss_inside_a_value_tells_its_own_reason():
     "value",
     [
         {"kind": "function"},
+        {"kind": "function", "name": "system"},
+        {"kind": ["tuple"]},
         {"no": "kind"},
-        {"kind": "array", "dtype": "float32", "shape": [3], "data": "AAAA"},
-        {"kind": "array", "dtype": "object", "shape": [1], "data": "AAAAAAAAAAA="},
-        {"kind": "array", "dtype": "float32", "shape": [1]},
+        {"kind": "array", "data": "AAAA"},
         {"kind": "bytes", "data": "not base64!"},
         {"kind": "complex", "items": [1, 2, 3]},
         {"kind": "keras", "object": {"module": "os", "class_name": "system", "config": {}}},
         {"kind": "dict", "items": [[1]]},
+        {"kind": "dict", "items": [[[], 1]]},
     ],
     ids=repr,
 )
@@ -225,17 +233,17 @@ def test_damaged_config(key):
 
 
 def encoded(value, encode_live=None):
-    return json.loads(json.dumps(_values.encode(value, "'what'", encode_live)))
+    return json.loads(json.dumps(_serialization.encode(value, "'what'", encode_live)))
 
 
 def test_live_values_are_written_by_a_hook():
     one, other = keras.Variable(1.0, name="one"), keras.Variable(2.0, name="other")
     keepers = {id(one): keras.layers.Identity(name="a"), id(other): keras.layers.Identity(name="b")}
     by_name = {"a": one, "b": other}
-    value = {"z": [one, (other, 1)], 2: np.float32(3), "a": {"deep": other}, "one": one}
+    value = {"z": [one, (other, 1)], 2: 3.0, "a": {"deep": other}, "one": one}
 
     config = encoded(value, lambda leaf: keepers[id(leaf)])
-    back = _values.decode(config, lambda config: by_name[config["config"]["name"]])
+    back = _serialization.decode(config, lambda config: by_name[config["config"]["name"]])
     assert list(back) == list(value)
     assert back["z"][0] is back["one"] is one
     assert back["z"][1] == (other, 1)
@@ -256,9 +264,9 @@ def test_live_values_without_a_hook():
     )
     config = encoded(variable, lambda _: keras.layers.Identity())
     with pytest.raises(SavingError, match="A saved value cannot be read: it has a live value"):
-        _values.decode([config])
+        _serialization.decode([config])
     with pytest.raises(SavingError, match="A saved value cannot be read: no such adapter"):
-        _values.decode(config, unknown)
+        _serialization.decode(config, unknown)
 
 
 def unknown(config):

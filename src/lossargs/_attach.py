@@ -19,7 +19,7 @@ from lossargs._keras import (
 from lossargs._layer import LossArgs, check_is_bound, layers_of, names_of
 from lossargs._live import Adapter
 from lossargs._loss import BoundLoss
-from lossargs._values import checked, damaged, reading
+from lossargs._serialization import checked, damaged, reading
 
 Target = TypeVar("Target")
 

@@ -124,7 +124,7 @@ class Call:
         args |= self.extra
         missing = function.missing(args)
         lost = [] if values else [n for n in self._names_from_layers() if n not in self.extra]
-        if lost:
+        if lost and not (missing and self.model is None and not loss.live_names):
             raise self._not_attached(lost)
         if missing:
             raise ArgumentError(
@@ -328,7 +328,7 @@ def build(call: Call, y_true: Any, y_pred: Any) -> Any:
     layers = attached_layers(call.model)
     for layer in layers:
         layer.prepare(call.model)
-    if any(call.loss in layer.bound_losses for layer in layers):
+    if any(call.loss in layer.get_losses() for layer in layers):
         return keras.ops.zeros((), dtype=call.loss.dtype)  # stand-ins carry no values
     return call.evaluate(y_true, y_pred)
 
@@ -336,7 +336,7 @@ def build(call: Call, y_true: Any, y_pred: Any) -> Any:
 def attached_layers(model: Any) -> list[Any]:
     """Return the `LossArgs` layers of a model."""
     layers = [] if model is None else flat_layers(model)
-    return [layer for layer in layers if hasattr(layer, "bound_losses")]
+    return [layer for layer in layers if hasattr(layer, "get_losses")]
 
 
 def _step_being_built() -> Step | None:

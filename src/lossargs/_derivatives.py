@@ -1,6 +1,5 @@
 """`grad` and `derivatives`: derivatives of symbolic tensors, as symbolic tensors."""
 
-import math
 import types
 from collections.abc import Iterable
 from typing import Any, Self
@@ -19,7 +18,8 @@ from lossargs._keras import (
     in_sharing_scope,
     set_keras_mask,
 )
-from lossargs._values import Slot, checked, damaged, reading, rebuilt, show
+from lossargs._serialization import checked, damaged, reading
+from lossargs._values import Slot, rebuilt, show
 
 
 def grad(y: keras.KerasTensor, x: keras.KerasTensor) -> keras.KerasTensor:
@@ -376,25 +376,19 @@ def _check_program(
     operations: list[Any], calls: list[Any], results: list[Any], along: int, paths: list[Any]
 ) -> None:
     """Raise for a saved program that would take a value from a place where there is none."""
-    for operation in operations:
-        if not isinstance(operation, keras.Operation):
-            raise TypeError(f"{operation!r} is no layer")
-    slots: list[Any] = []
+    if not all(isinstance(one, keras.Operation) for one in operations):
+        raise TypeError("one of its operations is no layer")
+    slots = list(results)
 
     def look(leaf: Any) -> None:
-        if isinstance(leaf, Slot):
-            slots.append(leaf.index)
+        slots.extend([leaf.index] if isinstance(leaf, Slot) else [])
 
     for _, args, kwargs in calls:
-        if not isinstance(args, list) or not isinstance(kwargs, dict):
-            raise TypeError("the arguments of a call are no list and dict")
-        rebuilt([args, kwargs], look)
-    places: list[tuple[Any, float]] = [(one, len(operations)) for one, _, _ in calls]
-    places += [(y, len(results)) for y, _ in paths]
-    places += [(x, along) for _, path in paths for x in path]
-    places += [(slot, math.inf) for slot in (*slots, *results)]  # more is known in a step
-    for place, size in places:
-        if type(place) is not int or not 0 <= place < size:
-            raise ValueError(f"{place!r} is no place in it")
+        rebuilt([list.copy(args), dict.copy(kwargs)], look)
+    sizes = [(one, len(operations)) for one, _, _ in calls] + [(y, len(results)) for y, _ in paths]
+    sizes += [(x, along) for _, path in paths for x in path]
+    sizes += [(slot, 2**31) for slot in slots]  # more is known in a step
+    if not all(type(place) is int and place in range(size) for place, size in sizes):
+        raise ValueError("it names a place that does not exist")
     if not any(path for _, path in paths):
         raise ValueError("there are no derivatives")

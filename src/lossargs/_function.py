@@ -21,7 +21,7 @@ from lossargs._errors import (
     nearest,
 )
 from lossargs._keras import get_object_name
-from lossargs._values import identity, show, take
+from lossargs._values import show
 
 # Parameters of `loss(y_true, y_pred, sample_weight=None, **extra)`.
 RESERVED = ("y_true", "y_pred", "sample_weight")
@@ -34,14 +34,9 @@ class LossFunction:
     """A function `fn(y_true, y_pred, **extra)`, inspected once.
 
     Attributes:
-        fn: The function itself.
-        name: Its name in messages and in `repr`.
-        log_name: Its name in the logs of Keras.
         key: `package>name`, the name that a saved loss holds.
         signature: Its signature without the first two parameters.
-        takes_any_name: Whether it has a `**extra` parameter.
-        module: The module that another process imports it from.
-        qualname: Its name there.
+        module, qualname: Where another process imports it from.
         origin: The file and the qualified name; equal if one place is read twice.
     """
 
@@ -139,9 +134,8 @@ class LossFunction:
     def _captured(self) -> Iterator[str]:
         """Yield the names of captured variables, attributes and arguments of partials."""
         for layer in self._layers:
-            code = _code(layer)
-            if code is not None:
-                cells = zip(code.co_freevars, layer.__closure__ or (), strict=True)
+            if isinstance(layer, types.FunctionType):
+                cells = zip(layer.__code__.co_freevars, layer.__closure__ or (), strict=True)
                 held = {name: _content(cell) for name, cell in cells}
             elif isinstance(layer, functools.partial):
                 held = {"args": layer.args, **layer.keywords}
@@ -149,10 +143,6 @@ class LossFunction:
                 held = getattr(getattr(layer, "__self__", layer), "__dict__", {})
             # A decorator holds the function below it, which is a layer of its own.
             yield from (n for n, value in held.items() if all(value is not f for f in self._layers))
-
-    def _same_source(self, other: "LossFunction") -> bool:
-        """Return whether two functions have the same code; line numbers do not count."""
-        return [*map(_source, self._layers)] == [*map(_source, other._layers)]
 
     def refuse_saving(self) -> None:
         """Raise if a saved loss could not find this function when it is loaded.
@@ -179,7 +169,7 @@ class LossFunction:
                 f"not be saved with the loss. {remedy}, and make each an argument: "
                 f"def {self.name}(y_true, y_pred, {', '.join(captured)})."
             )
-        if not self._same_source(_registry[self.key]):
+        if [*map(_source, self._layers)] != [*map(_source, _registry[self.key]._layers)]:
             raise SavingError(
                 f"{self.name} was defined anew, with other code, after this loss was bound. Both "
                 f"have the name {self.key!r}. Bind and compile again with the new one, or give one "
@@ -242,8 +232,9 @@ def registered(key: str, module: str) -> LossFunction:
     if key in _registry:
         return _registry[key]
     if package == "keras.losses":
-        fn = getattr(keras.losses, name, None)
-        if isinstance(fn, types.FunctionType) and _is_keras_loss(fn):
+        fn: Any = getattr(keras.losses, name, None)
+        is_function = isinstance(fn, types.FunctionType)
+        if is_function and list(inspect.signature(fn).parameters)[:2] == ["y_true", "y_pred"]:
             return inspected(fn)
     raise SavingError(
         f"The saved loss uses the function {key!r}, which this process does not know. Import the "
@@ -251,10 +242,6 @@ def registered(key: str, module: str) -> LossFunction:
         f"give it its old name, @with_args(package={package!r}, name={name!r}), or load with "
         f"custom_objects={{{key!r}: ...}}.{nearest(key, _registry)}"
     )
-
-
-def _is_keras_loss(fn: types.FunctionType) -> bool:
-    return list(inspect.signature(fn).parameters)[:2] == ["y_true", "y_pred"]
 
 
 def function_of(factory: Any) -> LossFunction | None:
@@ -338,20 +325,11 @@ def _home(fn: Any, inner: Any) -> tuple[str, str, str | None]:
     return module, qualname, file
 
 
-def _code(fn: Any) -> types.CodeType | None:
-    return fn.__code__ if isinstance(fn, types.FunctionType) else None
-
-
 def _source(fn: Any) -> Any:
     """Return the code of a function without line numbers, and its defaults."""
-    code = _code(fn)
-    if code is None:
+    if not isinstance(fn, types.FunctionType):
         return type(fn)
-    defaults = {**(fn.__kwdefaults__ or {}), "": fn.__defaults__}
-    try:
-        return _without_lines(code), identity(take(defaults, fn.__name__))
-    except ArgumentError:  # a default that cannot be bound, e.g. a set
-        return _without_lines(code), repr(defaults)
+    return _without_lines(fn.__code__), repr((fn.__defaults__, fn.__kwdefaults__))
 
 
 def _content(cell: types.CellType) -> Any:

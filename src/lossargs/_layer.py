@@ -28,7 +28,8 @@ from lossargs._keras import (
 )
 from lossargs._live import Adapter, StepValues, VariableAdapter, adapter_of, set_step_values
 from lossargs._loss import BoundLoss
-from lossargs._values import checked, identity, is_live, load_object, reading
+from lossargs._serialization import checked, load_object, reading
+from lossargs._values import identity, is_live
 
 # Stands for NaN, which processes that compare what they start with would find different.
 _UNREPORTED = float(np.finfo("float32").min)
@@ -196,9 +197,9 @@ class LossArgs(keras.Layer):
         """The live arguments of all the losses."""
         return self._plan.live
 
-    @property
-    def bound_losses(self) -> Mapping[BoundLoss, Any]:
-        """All the losses that get values from this layer."""
+    # No properties: Keras looks for weights in all of these.
+    def get_losses(self) -> Mapping[BoundLoss, Any]:
+        """Return all the losses that get values from this layer, with trees of their adapters."""
         return self._plan.losses
 
     @property
@@ -206,7 +207,6 @@ class LossArgs(keras.Layer):
         """The losses that are evaluated for the logs only."""
         return tuple(loss for loss, _ in self._plan.tracked)
 
-    # No property: Keras looks for weights in all of these.
     def adapters_by_key(self) -> dict[Any, Adapter]:
         """Return the adapters by the keys of their values."""
         return dict(self._plan.adapters)
@@ -314,17 +314,17 @@ class LossArgs(keras.Layer):
 
     def names_given_to(self, loss: BoundLoss) -> list[str]:
         """Return the arguments of a loss that calls of this layer give."""
-        if loss not in self.bound_losses:
+        if loss not in self.get_losses():
             return []
-        return [*self.bound_losses[loss], *(name for name in self._given if loss.takes(name))]
+        return [*self.get_losses()[loss], *(name for name in self._given if loss.takes(name))]
 
     def _takes(self, name: str) -> bool:
-        return any(loss.takes(name) for loss in self.bound_losses)
+        return any(loss.takes(name) for loss in self.get_losses())
 
     def _check(self, tensors: Sequence[Any], given: Mapping[str, Any]) -> None:
         for name in given:
             if not self._takes(name):
-                known = {name for loss in self.bound_losses for name in loss.parameters}
+                known = {name for loss in self.get_losses() for name in loss.parameters}
                 raise AttachError(
                     f"LossArgs({self.loss!r}) was called with {name!r}, which none of its losses "
                     f"takes.{nearest(name, known)}"

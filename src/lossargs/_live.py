@@ -18,16 +18,8 @@ from lossargs._keras import (
     set_tensor_attr,
     snapshot,
 )
-from lossargs._values import (
-    checked,
-    decode,
-    encode,
-    live_types,
-    load_object,
-    reading,
-    rebuilt,
-    show,
-)
+from lossargs._serialization import checked, decode, encode, load_object, reading
+from lossargs._values import live_types, rebuilt, show
 
 _ATTRIBUTE = "_lossargs_steps"
 
@@ -388,7 +380,7 @@ class StepValues:
     def losses(self) -> list[Any]:
         """Return the losses that get values."""
         layer = self.layer()
-        found = [reference() for reference in self.args] if layer is None else layer.bound_losses
+        found = [reference() for reference in self.args] if layer is None else layer.get_losses()
         return [loss for loss in found if loss is not None]
 
     def args_of(self, loss: Any) -> dict[str, Any]:
@@ -407,7 +399,7 @@ class StepValues:
         def value(leaf: Any) -> Any:
             return by_adapter[leaf] if isinstance(leaf, Adapter) else leaf
 
-        for loss, trees in layer.bound_losses.items():
+        for loss, trees in layer.get_losses().items():
             given = {name: one for name, one in self.given.items() if loss.takes(name)}
             live = {name: rebuilt(tree, value) for name, tree in trees.items()}
             self.args[weakref.ref(loss)] = {**given, **live}

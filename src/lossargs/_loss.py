@@ -13,18 +13,8 @@ from lossargs._errors import ArgumentError, ImmutableError, SavingError, listed
 from lossargs._function import LossFunction, registered
 from lossargs._keras import give_variables_back, in_symbolic_scope
 from lossargs._live import decode_live, encode_live
-from lossargs._values import (
-    checked,
-    decode,
-    encode,
-    exhibit,
-    identity,
-    live_leaves,
-    reading,
-    rebuilt,
-    show,
-    take,
-)
+from lossargs._serialization import checked, decode, encode, reading
+from lossargs._values import exhibit, identity, live_leaves, rebuilt, show, take
 
 _interned: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
 _interned_lock = threading.Lock()

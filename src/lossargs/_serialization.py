@@ -1,0 +1,208 @@
+"""Bound values in configs: written as JSON, and read back without trust in the file."""
+
+import base64
+import contextlib
+import io
+import json
+import math
+import textwrap
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+
+from lossargs._errors import LossArgsError, SavingError
+from lossargs._values import is_live, is_live_loss, show, without_ml_dtypes
+
+_PLAIN = (type(None), bool, int, float, str)  # JSON keeps them exactly
+
+
+def encode(value: Any, where: str, encode_live: Callable[[Any], Any] | None = None) -> Any:
+    """Return the value as JSON that keeps it exactly, for `decode`.
+
+    Keras's own encoding loses the shape of empty arrays, tuples, and the keys of a dict that are
+    not strings.
+
+    `encode_live` returns the object of Keras that is serialized for a live value.
+
+    Raises:
+        SavingError: The value cannot be loaded exactly, or is live and `encode_live` is missing.
+    """
+    if type(value) in _PLAIN:
+        return value
+    if type(value) is list:
+        return [encode(item, where, encode_live) for item in value]
+    if type(value) is tuple:
+        return {"kind": "tuple", "items": encode(list(value), where, encode_live)}
+    if isinstance(value, dict):
+        pairs = [list(item) for item in value.items()]
+        return {"kind": "dict", "items": encode(pairs, where, encode_live)}
+    if type(value) is complex:
+        return {"kind": "complex", "items": [value.real, value.imag]}
+    if type(value) is bytes:
+        return {"kind": "bytes", "data": base64.b64encode(value).decode()}
+    if isinstance(value, np.ndarray):
+        file = io.BytesIO()
+        np.lib.format.write_array(file, without_ml_dtypes(value), allow_pickle=False)
+        return {"kind": "array", "data": base64.b64encode(file.getvalue()).decode()}
+    if is_live(value):
+        if encode_live is None:
+            raise SavingError(
+                f"{where} is {show(value)}, which is saved with its model only. Attach the loss, "
+                "and save the model: attach(model, loss).save(path)."
+            )
+        return {"kind": "live", "object": keras.saving.serialize_keras_object(encode_live(value))}
+    try:
+        return _encode_object(value)
+    except SavingError:
+        raise
+    except Exception as error:
+        raise SavingError(
+            f"{where} is {value!r}, which Keras does not save and load as it is: {error}. Give a "
+            "plain value or a bound loss, with_args(keras.losses.huber)(). Or define `__eq__`, and "
+            "register its class or function with @keras.saving.register_keras_serializable()."
+        ) from error
+
+
+def _encode_object(value: Any) -> dict[str, Any]:
+    """Serialize a function or an object, and check that it loads as an equal one."""
+    config: dict[str, Any] = {"kind": "function"}
+    if isinstance(value, types.FunctionType):
+        config["name"] = keras.saving.get_registered_name(value)
+    else:
+        config = {"kind": "keras", "object": keras.saving.serialize_keras_object(value)}
+    if not is_live_loss(value):  # it would come back with other variables
+        back = _decode(json.loads(json.dumps(config)), None)
+        if type(back) is not type(value) or back != value:
+            raise ValueError(f"it came back as {back!r}, which is not equal to it")
+    return config
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Convert the exceptions that a damaged or hostile file causes.
+
+    Raises:
+        SavingError: The code inside raised an exception that is not of lossargs.
+    """
+    try:
+        yield
+    except LossArgsError:
+        raise
+    except Exception as error:
+        reason = textwrap.shorten(f"{error}", 1000, placeholder=" ...")
+        raise damaged(what, f"{reason} ({type(error).__name__})") from error
+
+
+def damaged(what: str, reason: str) -> SavingError:
+    """Return the error for a part of a file that cannot be read."""
+    return SavingError(
+        f"{what} cannot be read: {reason}. The file is damaged, or from a newer lossargs."
+    )
+
+
+def checked(config: Any, name: str, *kinds: type) -> Any:
+    """Return an entry of a config that has one of these types, or raise."""
+    if not isinstance(config, dict) or name not in config:
+        raise ValueError(f"{name!r} is missing")
+    if type(config[name]) not in kinds:
+        raise TypeError(f"{name!r} is a {type(config[name]).__name__}")
+    return config[name]
+
+
+def decode(config: Any, decode_live: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """Return the value that `encode` wrote.
+
+    `decode_live` returns the live value for the serialized object of `encode_live`.
+
+    Raises:
+        SavingError: The config is damaged, or has a live value and `decode_live` is missing.
+    """
+    with reading("A saved value"):
+        return _decode(config, decode_live)
+
+
+def _decode(config: Any, decode_live: Callable[[dict[str, Any]], Any] | None) -> Any:
+    if type(config) in _PLAIN:
+        return config
+    if isinstance(config, list):
+        return [_decode(item, decode_live) for item in config]
+    match config["kind"]:
+        case "tuple":
+            return tuple(_decode(config["items"], decode_live))
+        case "dict":
+            return dict(_decode(config["items"], decode_live))
+        case "complex":
+            return complex(*config["items"])
+        case "bytes":
+            return base64.b64decode(config["data"], validate=True)
+        case "array":
+            return _decode_array(base64.b64decode(config["data"], validate=True))
+        case "function":
+            return _find_function(config["name"])
+        case "live":
+            if decode_live is None:
+                raise ValueError("it has a live value, which belongs to a model")
+            return decode_live(config["object"])
+        case "keras":
+            return load_object(config["object"], object)
+        case kind:
+            raise ValueError(f"unknown kind {kind!r}")
+
+
+def _decode_array(data: bytes) -> np.ndarray[Any, Any]:
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):
+        raise ValueError(f"no version of an array: {version}")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    size = len(data) - file.tell()
+    # NumPy allocates an array of this shape before it reads.
+    if math.prod(shape) * dtype.itemsize != size or min(shape, default=0) < 0:
+        raise ValueError(f"{size} bytes are no array of {dtype} and shape {shape}")
+    file.seek(0)
+    array: np.ndarray[Any, Any] = np.lib.format.read_array(file, allow_pickle=False)
+    return array
+
+
+def _find_function(name: str) -> Any:
+    """Return a function that is registered, or an activation or loss of Keras."""
+    found = keras.saving.get_registered_object(name)
+    if found is None and name not in ("get", "serialize", "deserialize"):
+        found = getattr(keras.activations, name, None) or getattr(keras.losses, name, None)
+    if not isinstance(found, types.FunctionType):
+        raise TypeError(f"it names the function {name!r}, which is not registered")
+    return found
+
+
+def load_object(config: Any, *kinds: type) -> Any:
+    """Return the object of one of these classes that a config of Keras describes.
+
+    Keras itself imports the modules that a config names, and makes an object of any class. This
+    function finds the class first. With `object`, any class that defines equality will do. An
+    object in place of the config gives another one like it.
+
+    Raises:
+        ValueError: The config names another class.
+    """
+    if not isinstance(config, dict):
+        config = keras.saving.serialize_keras_object(config)
+    name, module = config["class_name"], config["module"]
+    cls: Any = keras.saving.get_registered_object(config["registered_name"] or name)
+    if cls is None and module.partition(".")[0] == "keras":
+        cls = keras
+        for part in (*module.split(".")[1:], name):
+            cls = getattr(cls, part, None) if isinstance(cls, types.ModuleType) else None
+    right = isinstance(cls, type) and not name.startswith("__") and issubclass(cls, kinds)
+    wanted = " or ".join(kind.__name__ for kind in kinds)
+    if not right or (kinds == (object,) and cls.__eq__ is object.__eq__):
+        raise ValueError(
+            f"it names {name!r} of {module!r}, which is no {wanted} that this process knows; "
+            "lossargs never imports what a file names"
+        )
+    loaded = keras.saving.deserialize_keras_object(config)
+    if not isinstance(loaded, kinds):  # Keras has another object under this id
+        raise TypeError(f"{type(loaded).__name__} is no {wanted}")
+    return loaded
