@@ -337,7 +337,7 @@ def test_clone_model(data, functional):
     clone.compile(frozen(), loss=loss)
     with pytest.raises(AttachError) as error:
         clone.fit(data.x, data.y, verbose=0)
-    assert "of a model that was loaded or cloned" in message_of(error.value)
+    assert "For a model that was loaded or cloned" in message_of(error.value)
     (layer,) = [layer for layer in clone.layers if isinstance(layer, LossArgs)]
     clone.compile(frozen(), loss=layer.loss)
     copy.assign(5)

@@ -572,7 +572,7 @@ def used_names(source):
         yield from (n for n in found if not n.startswith("__") or n == "__call__")
 
 
-PUBLIC = {"history", "torch_params"}
+PUBLIC = {"history", "stop_evaluating", "stop_predicting", "torch_params"}
 
 
 def test_every_name_has_a_test():

@@ -192,7 +192,6 @@ def test_values_that_would_not_load_are_refused_when_saving(value):
         described(what=value).get_config()
     assert message_of(error.value).startswith("'what' of described() is ")
     assert "register its class or function with @keras.saving.register" in message_of(error.value)
-    assert isinstance(error.value, ValueError)
 
 
 def test_unsaveable_loss_inside_a_value_tells_its_own_reason():

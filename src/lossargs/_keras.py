@@ -425,15 +425,9 @@ def _names_that_keras_sets(cls: Any) -> frozenset[str]:
     x, dense = keras.Input((1,)), keras.layers.Dense(1)
     model = keras.Sequential([x, dense]) if cls is keras.Sequential else cls(x, dense(x))
     model.compile("sgd", "mse")
-    in_runs = (
-        "history",
-        "_jax_state",
-        "_eval_epoch_iterator",
-        "stop_evaluating",
-        "stop_predicting",
-    )
-    set_later = ("output_names", "_torch_params", "torch_params")
-    return frozenset([*vars(model), *getattr(model, "_modules", ()), *in_runs, *set_later])
+    runs = ("history", "stop_evaluating", "stop_predicting", "_jax_state", "_eval_epoch_iterator")
+    names = ("output_names", "_torch_params", "torch_params")  # set later, or kept
+    return frozenset([*vars(model), *getattr(model, "_modules", ()), *runs, *names])
 
 
 def new_like(model: Any, base: type, *args: Any) -> Any:
