@@ -1,7 +1,7 @@
 """`attach` and `detach`: the layer of live arguments put into a model, and taken out again."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import keras
@@ -19,7 +19,7 @@ from lossargs._keras import (
 from lossargs._layer import LossArgs, check_is_bound, layers_of, names_of
 from lossargs._live import Adapter
 from lossargs._loss import BoundLoss
-from lossargs._serialization import checked, damaged, reading
+from lossargs._serialization import reading
 
 Target = TypeVar("Target")
 
@@ -42,61 +42,30 @@ class AttachedModel(keras.Model):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
-        """The model that `get_config` described.
-
-        Raises:
-            SavingError: The config is damaged. What its layers raise is left as it is.
-        """
-        what = f"The config of an {cls.__name__}"
-        with reading(what):
-            names = {checked(layer, "name", str) for layer in checked(config, "layers", list)}
-            for ends in ("input_layers", "output_layers"):
-                _check_places(checked(config, ends, list, dict), names)
-            checked(config, "name", str)
-            checked(config, "trainable", bool)
-        try:
+        with reading("The config of a model with live arguments"):
             return super().from_config(config, custom_objects)
-        except IndexError as error:  # of a call that no layer has
-            raise damaged(what, f"an input or output is the result of no call ({error})") from error
-
-
-def _check_places(places: Any, names: Collection[str]) -> None:
-    """Raise unless these are tensors as Keras writes them: layer, call, number, at any depth."""
-    match places:
-        case [str(name), int(call), int(number)] if name in names and min(call, number) >= 0:
-            pass
-        case [one, *_] if not isinstance(one, str):
-            for place in places:
-                _check_places(place, names)
-        case dict() if places:
-            for place in places.values():
-                _check_places(place, names)
-        case _:
-            raise ValueError(f"{places!r} is no tensor of one of its layers")
 
 
 def attach(target: Target, loss: Any, *, track: Any = ()) -> Target:
-    """Let a model know the live arguments of its loss: variables, schedules, tensors.
+    """Attach a loss to a model, which then holds the live arguments of the loss.
 
     Args:
-        target: A model, Functional or Sequential; or the symbolic tensor that is the output of one
-            to be made, a list or dict of them if there are several.
-        loss: The loss that `compile` is given as well, made by a factory of `with_args`. For
-            several outputs a list or dict, as for `compile`; what is not made by a factory is left
-            to `compile`. Keras names the outputs in a list by their last layers: attach to the
-            model, or make a dict of the outputs, if names matter.
-        track: Further bound losses, evaluated in the same step and logged under their names. For
-            several outputs a list or dict of these.
+        target: A Functional or Sequential model; or the symbolic tensor that is the output of a
+            model to be made, or a list or dict of these.
+        loss: The bound loss that `compile` is given as well. For several outputs a list or dict, as
+            for `compile`; other losses in it are left to `compile`.
+        track: Further bound losses, logged under their names. For several outputs a list or dict.
 
     Returns:
-        The same kind as `target`: the same layers, and the same predictions. A `keras.Input` among
-        the arguments is an input of the new model, after those of the old one. A Sequential model
-        becomes a Functional one if the loss reads tensors. An earlier `attach` is replaced.
+        The same kind as `target`, with the same layers, predictions, weights and attributes. New
+        `keras.Input`s that an argument is computed from come after the inputs of the model. A
+        Sequential model becomes a Functional one if the loss reads tensors. An earlier `attach` is
+        replaced. Schedules go on from their positions.
 
     Raises:
         AttachError: The loss was not made by a factory, an argument is a tensor of another
-            model, two things would be logged under one name, or the model is of a class that
-            cannot be made of inputs and outputs.
+            model, two things would be logged under one name, or the class of the model has a
+            constructor of its own.
 
     Examples:
         >>> import keras
@@ -128,7 +97,7 @@ def attach(target: Target, loss: Any, *, track: Any = ()) -> Target:
 
 
 def detach(model: keras.Model) -> keras.Model:
-    """The model for `predict` and export: without `LossArgs`, and the inputs that only it used.
+    """Return the model without `LossArgs`, and without the inputs that only the loss needs.
 
     Args:
         model: A Functional or Sequential model.
@@ -138,8 +107,7 @@ def detach(model: keras.Model) -> keras.Model:
         that `derivatives` gave is computed without the derivatives.
 
     Raises:
-        AttachError: The layer cannot be taken out of a model of this class, or it is in a model
-            that is a layer of this one.
+        AttachError: The model is subclassed, or the layer is in a model that is one of its layers.
 
     Examples:
         >>> import keras
@@ -221,14 +189,13 @@ def _kept_by(model: Any) -> dict[Any, Adapter]:
 
 
 def live_args(model: keras.Model) -> dict[str, keras.Variable]:
-    """The variables that the losses of a model take as arguments, also of one that was loaded.
+    """Return the variables that the losses of a model take as arguments.
 
     Args:
-        model: Any model; one that nothing is attached to has none.
+        model: Any model, also one that was loaded.
 
     Returns:
-        The `keras.Variable`s by their names in the logs: those of the arguments, with the name of
-        the loss in front where arguments of two losses share one.
+        The `keras.Variable`s by their names in the logs.
 
     Examples:
         >>> import keras
@@ -287,14 +254,12 @@ def _attach_tensors(
         check_is_bound(loss)
         attached, layer = _attach_tensor(outputs, loss, track, kept)
         return attached, [layer]
-    if isinstance(outputs, Mapping):
-        names: Sequence[Any] = list(outputs)
-        tensors = list(outputs.values())
-    else:
-        names = _names(outputs)
-        tensors = list(outputs)
-    losses = _by_output(loss, names, "loss", all_of_them=lambda: [loss] * len(names))
-    tracks = _by_output(track, names, "track", all_of_them=lambda: [()] * len(names))
+    by_name = dict(outputs) if isinstance(outputs, Mapping) else None
+    names = list(by_name) if by_name is not None else _names(outputs)
+    tensors = list(by_name.values()) if by_name is not None else list(outputs)
+    is_one = not isinstance(loss, (list, tuple))
+    losses = _by_output(loss, names, "loss", is_one=is_one)
+    tracks = _by_output(track or (), names, "track", is_one=not track)
     if not any(isinstance(one, BoundLoss) for one in losses):
         check_is_bound(next((one for one in losses if one is not None), None))
     layers = []
@@ -304,9 +269,9 @@ def _attach_tensors(
             layers.append(layer)
         elif tracked:
             check_is_bound(one)
-    if isinstance(outputs, Mapping):
+    if by_name is not None:
         return dict(zip(names, tensors, strict=True)), layers
-    return type(outputs)(tensors), layers
+    return (tuple if isinstance(outputs, tuple) else list)(tensors), layers
 
 
 def _names(outputs: Any) -> list[str]:
@@ -314,10 +279,8 @@ def _names(outputs: Any) -> list[str]:
     return [origin(_before(output))[0].name for output in outputs]
 
 
-def _by_output(
-    given: Any, names: Sequence[str], what: str, *, all_of_them: Callable[[], list[Any]]
-) -> list[Any]:
-    """What was given for each output, by name, in order, or one for all."""
+def _by_output(given: Any, names: Sequence[str], what: str, *, is_one: bool) -> list[Any]:
+    """Return what was given for each output: by name, in order, or one for all."""
     if isinstance(given, Mapping):
         for name in given:
             if name not in names:
@@ -326,12 +289,10 @@ def _by_output(
                     f"{nearest(name, names)}"
                 )
         return [given.get(name) for name in names]
-    if what == "loss" and not isinstance(given, (list, tuple)):
-        return all_of_them()
-    if what == "track" and not given:
-        return all_of_them()
-    nested = what == "loss" or all(isinstance(one, (list, tuple)) for one in given)
-    if not nested or len(given) != len(names):
+    if is_one:
+        return [given] * len(names)
+    is_nested = what == "loss" or all(isinstance(one, (list, tuple)) for one in given)
+    if not is_nested or len(given) != len(names):
         raise AttachError(
             f"attach({what}=...) was given {given!r} for the outputs {listed(names)}. Give a dict, "
             f"{{{names[0]!r}: ...}}, or a list with one entry for each."

@@ -58,7 +58,7 @@ class Call:
     batch: Mapping[str, Any]
     values: Sequence[StepValues]
     step: Step | None
-    reduction: str | None
+    reduction: Any
 
     @classmethod
     def of(cls, loss: Any, y_pred: Any, sample_weight: Any, extra: Mapping[str, Any]) -> "Call":

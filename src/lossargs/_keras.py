@@ -45,49 +45,6 @@ from keras.src.models.functional import Functional
 # How Keras names a function in the logs.
 from keras.src.utils.naming import get_object_name
 
-__all__ = [
-    "AutocastScope",
-    "Functional",
-    "LayerOfOthers",
-    "ReadScope",
-    "Sandbox",
-    "Step",
-    "above",
-    "alias",
-    "allow_any_arguments",
-    "called_for_training",
-    "calls_above",
-    "compute_output_spec",
-    "copy_own_state",
-    "flat_layers",
-    "follow_in_epochs",
-    "get_keras_mask",
-    "get_object_name",
-    "get_tensor_attr",
-    "give_variables_back",
-    "in_legacy_saving",
-    "in_metrics",
-    "in_sharing_scope",
-    "in_symbolic_scope",
-    "is_autocast",
-    "keeps_constructor",
-    "metric_names",
-    "model_being_built",
-    "new_like",
-    "origin",
-    "own_variables",
-    "reduce_weighted_values",
-    "running_step",
-    "set_keras_mask",
-    "set_tensor_attr",
-    "snapshot",
-    "squeeze_or_expand_to_same_rank",
-    "torch_processes",
-    "unscale_loss_for_distribution",
-    "variables_can_be_assigned",
-    "weighted_metrics_in_use",
-]
-
 
 def variables_can_be_assigned() -> bool:
     """Return whether a variable assigned here keeps its value, and no tracer."""
@@ -104,7 +61,8 @@ def _read_before_update(value: Any) -> Any:
 
     def gradient(*upstream: Any) -> Any:
         (slope,) = upstream
-        return slope + 0 * keras.ops.cast(keras.ops.isfinite(value), slope.dtype)
+        is_finite: Any = keras.ops.cast(keras.ops.isfinite(value), slope.dtype)
+        return slope + 0 * is_finite
 
     return value, gradient
 
@@ -228,9 +186,11 @@ def _method_calls(cls: type, *names: str) -> Iterator[tuple[FrameType, Any]]:
 
 
 @functools.cache
-def _code_of(cls: type, name: str) -> CodeType | None:
-    """Return the code of a method of Keras, below the decorators."""
-    return getattr(inspect.unwrap(getattr(cls, name, None)), "__code__", None)  # type: ignore[arg-type]
+def _code_of(method: str) -> CodeType | None:
+    """Return the code of a method of Keras, `Model.fit` say, below the decorators."""
+    cls, _, name = method.partition(".")
+    found: Any = getattr(getattr(keras, cls), name, None)
+    return getattr(inspect.unwrap(found), "__code__", None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +229,7 @@ def running_step() -> Step | None:
                 weakref.ref(model), name == "train_step", name != "predict_step", keeps_state
             )
         # On JAX only Keras's own step evaluates the loss with the state of the model.
-        if frame.f_code is _code_of(keras.Model, "compute_loss_and_updates"):
+        if frame.f_code is _code_of("Model.compute_loss_and_updates"):
             keeps_state = True
     return None
 
@@ -284,9 +244,9 @@ def model_being_built() -> Any:
 def called_for_training() -> bool:
     """Return the `training` argument of the innermost running call that was given one."""
     for frame, _ in _method_calls(keras.Layer, "__call__", "stateless_call"):
-        if frame.f_code is _code_of(keras.Layer, "__call__"):
+        if frame.f_code is _code_of("Layer.__call__"):
             given = getattr(frame.f_locals.get("call_spec"), "user_arguments_dict", {})
-        elif frame.f_code is _code_of(keras.Layer, "stateless_call"):
+        elif frame.f_code is _code_of("Layer.stateless_call"):
             given = frame.f_locals["kwargs"]
         else:
             continue
@@ -309,7 +269,7 @@ def give_variables_back() -> None:
     if keras.backend.backend() != "jax":
         return
     for frame, model in _method_calls(keras.Model, "fit", "evaluate"):
-        if frame.f_code is not _code_of(keras.Model, frame.f_code.co_name):
+        if frame.f_code is not _code_of(f"Model.{frame.f_code.co_name}"):
             continue  # an override, which calls that of Keras
         trained = [model.optimizer.variables] if frame.f_code.co_name == "fit" else []
         taken = [
@@ -369,8 +329,9 @@ def follow_in_epochs(variable: keras.Variable, model: keras.Model) -> None:
     if keras.backend.backend() != "jax":
         return
     if not isinstance(variable, _InEpochs):
+        cls: Any = type(variable)
         variable._models = weakref.WeakSet()
-        variable.__class__ = _class_in_epochs(type(variable))
+        variable.__class__ = _class_in_epochs(cls)
     variable._models.add(model)
 
 
@@ -438,8 +399,8 @@ def new_like(model: Any, base: type, *args: Any) -> Any:
         base: `Functional` or `keras.Sequential`.
         *args: What the base class is made of.
     """
-    cls = type(model)
-    new = cls.__new__(cls)
+    cls: Any = type(model)
+    new: Any = cls.__new__(cls)
     vars(base)["__init__"](new, *args, name=model.name)
     return new
 

@@ -68,23 +68,14 @@ class TrackedLoss(keras.metrics.Mean):
 
 @dataclasses.dataclass(frozen=True)
 class LiveArg:
-    """A live argument of one of the losses of a layer.
-
-    Attributes:
-        loss: The loss.
-        name: The argument.
-        label: The argument, and where the value stands in it.
-        key: Equal for two arguments that have one value.
-        adapter: What keeps the value.
-        metric: What logs it, if it is a scalar.
-    """
+    """A live argument of one of the losses of a layer."""
 
     loss: BoundLoss
-    name: str
-    label: str
-    key: Any
+    name: str  # of the argument
+    label: str  # of the argument, and the place of the value in it
+    key: Any  # equal for two arguments that have one value
     adapter: Adapter
-    metric: LiveValue | None
+    metric: LiveValue | None  # logs the value, if it is a scalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +91,10 @@ class _Plan:
 
 @keras.saving.register_keras_serializable(package="lossargs")
 class LossArgs(keras.Layer):
-    """Keeps the live arguments of a loss, and hands them to it with the predictions.
+    """Holds the live arguments of a loss, and passes them to it with the predictions.
 
-    `attach` puts this layer into a Functional or Sequential model. In a subclassed model, call it
-    in `call`, on the output that goes to the loss, and return what it gives, as it is:
+    `attach` adds this layer to a Functional or Sequential model. In a subclassed model, call it
+    in `call` on the output that goes to the loss, and return the result unchanged:
 
         def call(self, x):
             z_mean, z_log_var = self.encoder(x)
@@ -111,12 +102,12 @@ class LossArgs(keras.Layer):
             return self.loss_args(x_hat, z_mean=z_mean, z_log_var=z_log_var)
 
     Args:
-        loss: The loss, made by a factory of `with_args`, and given to `compile` as well.
-        track: Further bound losses, evaluated in the same step and logged under their names.
-        **kwargs: Those of `keras.layers.Layer`: `name`, for example.
+        loss: The bound loss that `compile` is given as well.
+        track: Further bound losses, logged under their names.
+        **kwargs: Arguments of `keras.layers.Layer`, e.g. `name`.
 
     Raises:
-        AttachError: One of the losses is none that a factory made, or two of them have one name.
+        AttachError: A loss was not made by a factory, or two losses have one name.
 
     Examples:
         >>> import keras
@@ -362,7 +353,8 @@ class LossArgs(keras.Layer):
             tracked = call.for_loss(loss, extra={}, reduction=loss.reduction)
             value = unscale_loss_for_distribution(tracked.evaluate(y_true, y_pred))
             # Weighted by batch size, as Keras does its own.
-            size: Any = keras.ops.shape(y_pred)[0] if len(y_pred.shape) else None
+            shape: Any = keras.ops.shape(y_pred)
+            size = shape[0] if len(y_pred.shape) else None
             metric.update_state(keras.ops.stop_gradient(value), sample_weight=size)
 
     def _prepare_once(self, model: Any) -> None:
@@ -374,10 +366,7 @@ class LossArgs(keras.Layer):
             self._prepared.add(model)
 
     def prepare(self, model: keras.Model) -> None:
-        """Check this layer, and name its logs, for the model that it is in.
-
-        Args:
-            model: The model that is about to run its first step.
+        """Check this layer, and name its logs, before the first step of a model that it is in.
 
         Raises:
             AttachError: The model has another loss, or two names in its logs are equal.
@@ -493,15 +482,11 @@ def layers_of(model: keras.Layer) -> list[LossArgs]:
 def names_of(
     layers: Iterable[LossArgs], others: Iterable[str] = ("loss",), *, by_layer: bool = True
 ) -> list[tuple[str, LiveArg]]:
-    """Return the live arguments of several layers with their names in the logs.
+    """Return the live arguments of the layers of a model with their names in the logs.
 
-    A name of different values gets the name of its loss in front.
-
-    Args:
-        layers: The layers of one model.
-        others: Names that something else has in the logs.
-        by_layer: Whether the name of the layer comes in front where that of the loss is not enough,
-            as in two attached models that are parts of one.
+    A name of different values gets the name of its loss in front; with `by_layer` that of its layer
+    where this is not enough, as in two attached models that are parts of one. `others` are further
+    names in the logs.
 
     Raises:
         AttachError: Two would still have one name.

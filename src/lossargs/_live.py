@@ -32,25 +32,24 @@ class _Untracked:
 
 
 class Adapter(keras.Layer):
-    """Base class for kinds of live arguments; the three built-in kinds are written as subclasses.
+    """Base class for kinds of live arguments.
 
-    An adapter is a Keras layer: what it keeps from step to step are its weights, made in
-    `__init__` with `add_weight`, so that they are saved, distributed and, if trainable, trained
-    with the model; what describes it is its config. Bind an instance to an argument of a loss, or
-    name in `adapts` a type whose instances can be bound directly.
+    An adapter is a Keras layer. Its state is in weights, made in `__init__` with `add_weight`: they
+    are saved, distributed and, if trainable, trained with the model. Bind an instance to an
+    argument of a loss, or name in `adapts` a type whose instances can be bound directly.
 
     Args:
-        tensor: The symbolic tensor whose values are given to `value` in each step, if any.
-        **kwargs: Those of `keras.layers.Layer`, from its config.
+        tensor: The symbolic tensor whose values `value` receives in each step, if any.
+        **kwargs: Arguments of `keras.layers.Layer`.
 
     Raises:
-        ArgumentError: What was given for the tensor is no symbolic tensor.
+        ArgumentError: `tensor` is not a symbolic tensor.
 
     Attributes:
-        adapts: A type whose instances, when bound, are given to this class as `cls(instance)`.
-        reads_tensor: Whether `value` needs a tensor of the batch: `tensor`, or what a call of
-            `LossArgs` gives by the name of the argument.
-        shape: The shape of the value, if it is known beforehand. A scalar, `()`, is logged.
+        adapts: A type whose instances are adapted by `cls(instance)` when they are bound.
+        reads_tensor: Whether `value` needs a tensor of the batch: `tensor`, or the tensor that a
+            call of `LossArgs` gives by the name of the argument.
+        shape: The shape of the value, if it is known. A scalar, `()`, is logged.
 
     Examples:
         An exponential moving average of the mean of a tensor:
@@ -105,19 +104,15 @@ class Adapter(keras.Layer):
         self.built = True
 
     def read(self, tensor: Any) -> Any:
-        """Return what `value` is computed from, as it is in the forward pass.
-
-        Args:
-            tensor: The values of the tensor that this adapter reads, or `None`.
-        """
+        """Return what `value` is computed from, as it is in the forward pass."""
         return tensor
 
     def value(self, tensor: Any, training: bool) -> Any:
-        """Return what the loss gets in this step; called once in a step, with the loss.
+        """Return the value for the loss; called once in a step, where the loss is evaluated.
 
         Args:
             tensor: The values of the tensor that this adapter reads, or `None`.
-            training: Whether this is a step of training, in which state may be changed.
+            training: Whether this is a training step, in which state may be changed.
 
         Returns:
             A tensor, or a nested structure of tensors.
@@ -190,12 +185,12 @@ class VariableAdapter(Adapter):
         shape = kwargs.pop("shape", None)
         super().__init__(**kwargs)
         self._owner = _Untracked(owner)  # a layer, and the place of the variable in its weights
-        self._variable = variable
+        self._variable: Any = variable
         self.shape = tuple(shape if variable is None else variable.shape)
         if getattr(getattr(variable, "value", None), "weak_type", False):
             # Made of a Python number on JAX: the first `assign` would change its type, and the
             # compiled step would be traced again.
-            variable.assign(keras.ops.convert_to_numpy(variable.value))
+            self._variable.assign(keras.ops.convert_to_numpy(self._variable.value))
 
     def read(self, tensor: Any) -> Any:  # noqa: ARG002
         return snapshot(self.variable)
