@@ -545,7 +545,8 @@ def name_of(node):
 
 
 def strings(nodes):
-    return [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    found = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    return [name.rpartition(".")[2] for name in found]
 
 
 def used_names(source):
