@@ -15,6 +15,7 @@ from lossargs._keras import (
     keeps_constructor,
     new_like,
     origin,
+    own_variables,
 )
 from lossargs._layer import LossArgs, check_is_bound, layers_of, names_of
 from lossargs._live import Adapter
@@ -122,7 +123,8 @@ def detach(model: keras.Model) -> keras.Model:
         return model
     if isinstance(model, keras.Sequential):
         layers = [layer for layer in model.layers if not isinstance(layer, LossArgs)]
-        return _remember(_sequential(model, layers), layers_of(model))
+        detached = _sequential(model, layers)
+        return _without_inner(detached, model)
     if not isinstance(model, Functional):
         raise AttachError(
             f"detach() cannot take the layer out of {_described(model)}, whose outputs are what "
@@ -133,13 +135,17 @@ def detach(model: keras.Model) -> keras.Model:
     used, _ = above(keras.tree.flatten(outputs))
     dropped = _inputs_of_losses(model) - used.keys()
     detached = _functional(model, _without(model.input, dropped), outputs)
+    return _without_inner(detached, model)
+
+
+def _without_inner(detached: Any, model: Any) -> Any:
     if layers_of(detached):
         inner = [layer.name for layer in detached.layers if layers_of(layer)]
         raise AttachError(
             f"The layers {listed(inner)} of {model.name!r} are attached models themselves. Detach "
             "them before they become layers of another model."
         )
-    return _remember(detached, layers_of(model))
+    return _remember(detached, _kept_by(model))
 
 
 def _inputs_of_losses(model: Any) -> set[int]:
@@ -151,7 +157,7 @@ def _inputs_of_losses(model: Any) -> set[int]:
             continue
         read, _ = above(given[1:])
         named = layer.new_inputs
-        found |= {key for key, one in read.items() if named is None or one.name in named}
+        found |= {key for key, one in read.items() if named is None or origin(one)[0].name in named}
     return found
 
 
@@ -175,8 +181,7 @@ class _Kept:
 _KEPT = "_lossargs_kept"
 
 
-def _remember(model: Any, layers: Sequence[LossArgs]) -> Any:
-    adapters = {key: one for layer in layers for key, one in layer.adapters_by_key().items()}
+def _remember(model: Any, adapters: dict[Any, Adapter]) -> Any:
     setattr(model, _KEPT, _Kept(adapters))
     return model
 
@@ -267,8 +272,10 @@ def _attach_tensors(
         if isinstance(one, BoundLoss):
             tensors[place], layer = _attach_tensor(tensor, one, tracked or (), kept)
             layers.append(layer)
-        elif tracked:
-            check_is_bound(one)
+        else:
+            tensors[place] = _before(tensor)
+            if tracked:
+                check_is_bound(one)
     if by_name is not None:
         return dict(zip(names, tensors, strict=True)), layers
     return (tuple if isinstance(outputs, tuple) else list)(tensors), layers
@@ -313,12 +320,14 @@ def _attach_functional(model: Any, loss: Any, track: Any) -> Any:
             new |= {key: source for key, source in sources.items() if key not in known}
     extra = list(new.values())
     before = _inputs_of_losses(model)
-    added = [tensor.name for tensor in (*extra, *(t for t in model.inputs if id(t) in before))]
+    added = [origin(t)[0].name for t in (*extra, *(t for t in model.inputs if id(t) in before))]
     for layer in layers:
         layer.new_inputs = tuple(added)
     inputs = model.input
     if extra:
         if isinstance(inputs, dict):
+            for tensor in extra:
+                tensor.name = origin(tensor)[0].name  # the key, also when the model is loaded
             inputs = {**inputs, **{tensor.name: tensor for tensor in extra}}
         elif isinstance(inputs, (list, tuple)):
             inputs = [*inputs, *extra]
@@ -327,9 +336,30 @@ def _attach_functional(model: Any, loss: Any, track: Any) -> Any:
     attached = _functional(model, inputs, outputs)
     if list(attached.output_names) != list(model.output_names):
         attached.output_names = list(model.output_names)
-        for layer in layers:
-            layer.loses_output_name = len(model.outputs) > 1
-    return attached
+        if isinstance(outputs, (list, tuple)):
+            _refuse_saving(
+                layers,
+                "its outputs are a list, whose names a model of its class would lose. Make them a "
+                "dict, keras.Model(inputs, {name: output}).",
+            )
+    _refuse_own_weights(attached, layers)
+    return _remember(attached, _kept_by(model))
+
+
+def _refuse_saving(layers: list[LossArgs], reason: str) -> None:
+    for layer in layers:
+        layer.unsaved = reason
+
+
+def _refuse_own_weights(model: Any, layers: list[LossArgs]) -> None:
+    own = {id(variable) for variable in own_variables(model)}
+    for one in (one for layer in layers for one in layer.live):
+        if id(one.adapter.variable) in own:
+            _refuse_saving(
+                layers,
+                f"{one.label!r} is a weight of the model itself, and would load as two variables. "
+                "Make it a weight of a layer.",
+            )
 
 
 def _refuse_inputs_of_layers(one: Any, sources: dict[int, Any], model: Any) -> None:
@@ -351,7 +381,7 @@ def _functional(model: Any, inputs: Any, outputs: Any) -> Any:
     if type(model) in (Functional, AttachedModel):
         flat = keras.tree.flatten(outputs)
         is_attached = any(isinstance(origin(output)[0], LossArgs) for output in flat)
-        cls = AttachedModel if is_attached and len(flat) > 1 else Functional
+        cls = AttachedModel if is_attached else Functional
         new = cls(inputs, outputs, name=model.name)
     elif keeps_constructor(model, Functional):
         new = new_like(model, Functional, inputs, outputs)
@@ -374,7 +404,9 @@ def _attach_sequential(model: Any, loss: Any, track: Any) -> Any:
         layers = [one for one in model.layers if not isinstance(one, LossArgs)]
         names_of([layer], by_layer=False)
         layer.note_weights_of(layers)
-        return _sequential(model, [*layers, layer])
+        attached = _sequential(model, [*layers, layer])
+        _refuse_own_weights(attached, [layer])
+        return _remember(attached, kept)
     if type(model) is not keras.Sequential or not model.built:
         raise AttachError(
             f"{loss!r} reads tensors, which makes {model.name!r} a Functional model. Make it one "

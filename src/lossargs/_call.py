@@ -95,19 +95,23 @@ class Call:
             AttachError: A live argument has no value.
             BatchError: An entry of the batch, or a sample weight, would be used wrongly.
         """
-        args = self._resolve_args()
-        is_checked = self.model is None or self.model in self.loss.checked_models
-        try:
-            # On TensorFlow the scope also keeps the order of reads and updates.
-            if is_checked and keras.backend.backend() != "tensorflow":
-                return self._reduce(y_true, y_pred, args)
-            with ReadScope() as scope:
-                value = self._reduce(y_true, y_pred, args)
-        except Exception as error:
-            self._explain(error, y_true, y_pred, args)
-            raise
-        if not is_checked:
-            self._check_reads(scope)
+        if self.model is None or self.model in self.loss.checked_models:
+            # On TensorFlow the scope keeps the order of reads and updates.
+            if keras.backend.backend() != "tensorflow":
+                return self._reduce(y_true, y_pred)
+            with ReadScope():
+                return self._reduce(y_true, y_pred)
+        with ReadScope() as scope:
+            try:
+                value = self._reduce(y_true, y_pred)
+            except LossArgsError:
+                raise
+            except Exception as error:
+                self._check_reads(scope, error)
+                raise
+        self._check_reads(scope)
+        if not in_symbolic_scope():  # stand-ins of PyTorch draw no random numbers
+            self.loss.checked_models.add(self.model)
         return value
 
     # Arguments.
@@ -164,8 +168,16 @@ class Call:
 
     # Evaluation.
 
-    def _reduce(self, y_true: Any, y_pred: Any, args: Mapping[str, Any]) -> Any:
+    def _reduce(self, y_true: Any, y_pred: Any) -> Any:
         """Return what Keras makes of a plain function given to `compile`."""
+        args = self._resolve_args()
+        try:
+            return self._reduce_as_keras(y_true, y_pred, args)
+        except Exception as error:
+            self._explain(error, y_true, y_pred, args)
+            raise
+
+    def _reduce_as_keras(self, y_true: Any, y_pred: Any, args: Mapping[str, Any]) -> Any:
         mask, dtype = get_keras_mask(y_pred), self.loss.dtype
 
         def convert(tensor: Any) -> Any:
@@ -234,7 +246,7 @@ class Call:
                     other = _shape(call({name: keras.ops.expand_dims(entry, -1)}))
             except Exception:  # noqa: BLE001, S112 - then the function wants this shape
                 continue
-            if other != shape:
+            if len(other) == 2 and other[1] == 1 != shape[1]:
                 raise BatchError(
                     f"The batch entry {name!r} of shape {_shape(entry)} gives "
                     f"{self.loss.loss_function.name} losses of shape {shape}, where y_pred has "
@@ -244,7 +256,7 @@ class Call:
 
     # What went wrong.
 
-    def _check_reads(self, scope: ReadScope) -> None:
+    def _check_reads(self, scope: ReadScope, cause: Exception | None = None) -> None:
         """Raise if the function read a variable that the model does not hold."""
         model, name = self.model, self.loss.loss_function.name
         held = {id(variable) for variable in (*model.variables, *model.metrics_variables)}
@@ -256,9 +268,7 @@ class Call:
                     "model: JAX would freeze its value, and no backend would train or save it. "
                     "Pass the variable, or the object that holds it, as an argument: "
                     f"def {name}(y_true, y_pred, variable): ..."
-                )
-        if not in_symbolic_scope():  # stand-ins of PyTorch draw no random numbers
-            self.loss.checked_models.add(model)
+                ) from cause
 
     def _symbolic_tensor_outside(self) -> ArgumentError:
         name = self.loss.loss_function.name

@@ -68,43 +68,43 @@ def _read_before_update(value: Any) -> Any:
 
 
 class ReadScope(keras.StatelessScope):
-    """A scope that notes which variables are read, and changes nothing else.
+    """A scope that notes which variables are read or assigned, and changes nothing else.
+
+    Args:
+        copies: Whether the values that are read stay as they are when a variable is assigned.
 
     Attributes:
-        variables: The variables that were read, by `id`.
+        variables: The variables, by `id`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, copies: bool = False) -> None:
         super().__init__()
         self.variables: dict[int, keras.Variable] = {}
-        self._is_tensorflow = keras.backend.backend() == "tensorflow"
+        self._backend = keras.backend.backend()
+        self._copies = copies
 
     def get_current_value(self, variable: keras.Variable) -> Any:
         """Return the value of the surrounding scope; called by a variable that is read."""
         self.variables[id(variable)] = variable
         around = self.original_scope
         value = around.get_current_value(variable) if around else None
-        if value is None and self._is_tensorflow and variable.trainable:
-            value = _read_before_update(keras.ops.convert_to_tensor(variable._value))
+        if value is None and variable._value is not None:
+            if self._backend == "tensorflow" and variable.trainable:
+                value = _read_before_update(keras.ops.convert_to_tensor(variable._value))
+            elif self._copies and self._backend != "jax":
+                value = keras.ops.copy(variable._value)  # PyTorch assigns in place
         return value
 
     def add_update(self, update: tuple[keras.Variable, Any]) -> None:
         """Pass an update on; called by a variable that is assigned."""
         variable, value = update
+        self.variables[id(variable)] = variable
+        copies, self._copies = self._copies, False  # PyTorch assigns to the value that it reads
         if self.original_scope:
             self.original_scope.add_update(update)
         else:
             variable._direct_assign(value)
-
-
-def snapshot(variable: keras.Variable) -> Any:
-    """Return the value of a variable as it is now."""
-    if keras.backend.backend() == "tensorflow":
-        with ReadScope():
-            return keras.ops.copy(variable.value)
-    # PyTorch assigns in place; the values of JAX cannot change.
-    value: Any = variable.value
-    return value.clone() if keras.backend.backend() == "torch" else value
+        self._copies = copies
 
 
 def alias(tensor: Any) -> Any:
@@ -179,7 +179,8 @@ def _method_calls(cls: type, *names: str) -> Iterator[tuple[FrameType, Any]]:
             owner = frame.f_locals.get(code.co_varnames[0])
             if isinstance(owner, cls):
                 for base in type(owner).__mro__:
-                    if code.co_qualname == f"{base.__qualname__}.{code.co_name}":
+                    is_static = isinstance(vars(base).get(code.co_name), staticmethod)
+                    if code.co_qualname == f"{base.__qualname__}.{code.co_name}" and not is_static:
                         yield frame, owner
                         break
         frame = frame.f_back
@@ -241,9 +242,14 @@ def model_being_built() -> Any:
     return None
 
 
-def called_for_training() -> bool:
-    """Return the `training` argument of the innermost running call that was given one."""
-    for frame, _ in _method_calls(keras.Layer, "__call__", "stateless_call"):
+def called_for_training(layer: keras.Layer) -> bool:
+    """Return the `training` argument of the innermost call around a layer that was given one.
+
+    Keras itself passes the argument on from layers that were called before.
+    """
+    for frame, owner in _method_calls(keras.Layer, "__call__", "stateless_call"):
+        if owner is layer:
+            continue
         if frame.f_code is _code_of("Layer.__call__"):
             given = getattr(frame.f_locals.get("call_spec"), "user_arguments_dict", {})
         elif frame.f_code is _code_of("Layer.stateless_call"):
@@ -407,13 +413,13 @@ def new_like(model: Any, base: type, *args: Any) -> Any:
 
 def copy_own_state(model: Any, new: Any, base: type) -> None:
     """Give a model the attributes and weights that another one has besides those of Keras."""
+    for variable in own_variables(model):  # also those without an attribute
+        new._track_variable(variable)
     given = {**vars(model), **getattr(model, "_modules", {})}
-    for name in given.keys() - _names_that_keras_sets(base):
+    for name in [name for name in given if name not in _names_that_keras_sets(base)]:
         setattr(new, name, given[name])
-    known = {id(variable) for variable in own_variables(new)}
-    for variable in own_variables(model):
-        if id(variable) not in known:
-            new._track_variable(variable)
+    for name in ("_trainable", "autocast", "dtype_policy", "supports_jit"):
+        setattr(new, name, getattr(model, name))
 
 
 def origin(tensor: keras.KerasTensor) -> tuple[Any, list[keras.KerasTensor]]:

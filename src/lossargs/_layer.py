@@ -11,6 +11,8 @@ import numpy as np
 from lossargs._errors import AttachError, LossArgsError, SavingError, listed, nearest
 from lossargs._keras import (
     AutocastScope,
+    Functional,
+    ReadScope,
     allow_any_arguments,
     called_for_training,
     flat_layers,
@@ -154,7 +156,8 @@ class LossArgs(keras.Layer):
             for name, label, leaf in one.live_leaves():
                 key = identity(leaf)
                 if key not in adapters:
-                    adapters[key] = kept[key] if key in kept else adapter_of(leaf)
+                    is_kept = key in kept
+                    adapters[key] = kept[key].for_another_layer() if is_kept else adapter_of(leaf)
                 if adapters[key].shape == () and (label, key) not in metrics:
                     metrics[label, key] = LiveValue(label)
                 live.append(
@@ -178,7 +181,7 @@ class LossArgs(keras.Layer):
         self._given: set[str] = set()  # names of arguments in calls of this layer
         self._prepared: weakref.WeakSet[keras.Model] = weakref.WeakSet()
         self.new_inputs = None if new_inputs is None else tuple(new_inputs)
-        self.loses_output_name = False
+        self.unsaved = ""  # why this layer cannot be saved
         self.logged = [*metrics.values(), *(metric for _, metric in self._plan.tracked)]
         for one in losses:
             one.layers.add(self)
@@ -246,7 +249,7 @@ class LossArgs(keras.Layer):
             # All else that Keras does around a call does not concern this layer, and on PyTorch it
             # is done in each step, where it takes longer than a small layer computes.
             with AutocastScope(None):
-                return self._forward(y_pred, tensors, given, training)
+                return self.call(y_pred, tensors, given)
         options = {} if training is None else {"training": training}
         return super().__call__(y_pred, tensors, given, **options)
 
@@ -261,11 +264,7 @@ class LossArgs(keras.Layer):
         given: Mapping[str, Any] | None = None,
     ) -> Any:
         """As `__call__`, with all arguments by name in `given`."""
-        return self._forward(y_pred, tensors, dict(given or {}), None)
-
-    def _forward(
-        self, y_pred: Any, tensors: Sequence[Any], given: dict[str, Any], training: bool | None
-    ) -> Any:
+        given = dict(given or {})
         if in_symbolic_scope():  # Keras hides errors that a layer raises here
             model = model_being_built()
             if model is not None:
@@ -285,12 +284,13 @@ class LossArgs(keras.Layer):
         read = []
         for adapter in self.adapters:
             tensor = next(inputs, None) if adapter.reads_tensor else None
-            read.append(adapter.read(by_adapter.get(adapter, tensor)))
+            read.append(by_adapter.get(adapter, tensor))
+        with ReadScope(copies=True):
+            read = [one.read(tensor) for one, tensor in zip(self.adapters, read, strict=True)]
         values = StepValues(self._reference, read, given, step)
         if step is None or not step.keeps_state:
             # In a user's own loop, the loss may be evaluated where variables cannot be assigned.
-            training = called_for_training() if training is None else training
-            values.compute(training=bool(training))
+            values.compute(training=called_for_training(self))
         return set_step_values(y_pred, values)
 
     def compute_output_spec(
@@ -382,7 +382,7 @@ class LossArgs(keras.Layer):
                 "LossArgs layer. For another loss take model = detach(model)."
             )
         settle_names(layers_of(model), metric_names(model))
-        if is_own:
+        if is_own and isinstance(model, (Functional, keras.Sequential)):
             self.note_weights_of(model.layers)
         for one in self.live:
             if one.adapter.variable is not None:
@@ -407,12 +407,8 @@ class LossArgs(keras.Layer):
         Raises:
             SavingError: The format of the file, or the copy, would lose something.
         """
-        if self.loses_output_name:
-            raise SavingError(
-                f"The outputs that {self.loss!r} is attached to are a list, and its model is of a "
-                "class of its own: the names of the outputs would not be saved. Give the model a "
-                "dict of outputs, keras.Model(inputs, {name: output})."
-            )
+        if self.unsaved:
+            raise SavingError(f"The model of {self.loss!r} cannot be saved: {self.unsaved}")
         if in_legacy_saving():
             raise SavingError(
                 f"{self.loss!r} cannot be saved in the legacy HDF5 format, which knows no live "
@@ -494,8 +490,9 @@ def names_of(
     layers = list(layers)
     live = [(layer, one) for layer in layers for one in layer.live]
     names = {id(one): one.label for _, one in live}
+    others = list(others)
     for in_front in ("loss", "layer") if by_layer else ("loss",):
-        values: dict[str, set[Any]] = {}
+        values: dict[str, set[Any]] = {name: {None} for name in others}
         for _, one in live:
             values.setdefault(names[id(one)], set()).add(one.key)
         for layer, one in live:

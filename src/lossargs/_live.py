@@ -10,13 +10,13 @@ import numpy as np
 
 from lossargs._errors import ArgumentError
 from lossargs._keras import (
+    ReadScope,
     Step,
     alias,
     get_tensor_attr,
     in_sharing_scope,
     is_autocast,
     set_tensor_attr,
-    snapshot,
 )
 from lossargs._serialization import checked, decode, encode, load_object, reading
 from lossargs._values import live_types, rebuilt, show
@@ -143,6 +143,10 @@ class Adapter(keras.Layer):
         """Return what a loss that was loaded holds for this adapter."""
         return self
 
+    def for_another_layer(self) -> "Adapter":
+        """Return the adapter that goes on where this one is."""
+        return self
+
 
 _adapters: dict[type, type[Adapter]] = {}
 live_types.append(Adapter)
@@ -193,7 +197,7 @@ class VariableAdapter(Adapter):
             self._variable.assign(keras.ops.convert_to_numpy(self._variable.value))
 
     def read(self, tensor: Any) -> Any:  # noqa: ARG002
-        return snapshot(self.variable)
+        return self.variable.value
 
     def value(self, tensor: Any, training: bool) -> Any:  # noqa: ARG002
         return tensor
@@ -302,10 +306,15 @@ class ScheduleAdapter(Adapter):
 
     @classmethod
     def of(cls, value: Any) -> Adapter:
-        return cls(value)  # each model counts its own steps
+        return cls(value)  # each layer counts its own steps
+
+    def for_another_layer(self) -> Adapter:
+        other = type(self)(self.schedule)
+        other.set_weights(self.get_weights())
+        return other
 
     def read(self, tensor: Any) -> Any:  # noqa: ARG002
-        return snapshot(self.step)
+        return self.step.value
 
     def value(self, tensor: Any, training: bool) -> Any:
         if training:
@@ -388,7 +397,8 @@ class StepValues:
         """Compute the values of this step, and let the adapters go on to the next one."""
         layer = self.layer()
         pairs = zip(layer.adapters, self.read, strict=True)
-        self.values = [adapter.value(one, training) for adapter, one in pairs]
+        with ReadScope(copies=True):
+            self.values = [adapter.value(one, training) for adapter, one in pairs]
         by_adapter = dict(zip(layer.adapters, self.values, strict=True))
 
         def value(leaf: Any) -> Any:
