@@ -339,8 +339,8 @@ def _attach_functional(model: Any, loss: Any, track: Any) -> Any:
         if isinstance(outputs, (list, tuple)):
             _refuse_saving(
                 layers,
-                "its outputs are a list, whose names a model of its class would lose. Make them a "
-                "dict, keras.Model(inputs, {name: output}).",
+                "its outputs are a list, whose names a model of its class would lose. Give it a "
+                "dict of outputs, keras.Model(inputs, {name: output}).",
             )
     _refuse_own_weights(attached, layers)
     return _remember(attached, _kept_by(model))

@@ -30,6 +30,7 @@ from lossargs._keras import (
     running_step,
     squeeze_or_expand_to_same_rank,
     torch_processes,
+    variables_can_be_assigned,
     weighted_metrics_in_use,
 )
 from lossargs._live import StepValues, get_step_values
@@ -95,21 +96,20 @@ class Call:
             AttachError: A live argument has no value.
             BatchError: An entry of the batch, or a sample weight, would be used wrongly.
         """
-        if self.model is None or self.model in self.loss.checked_models:
-            # On TensorFlow the scope keeps the order of reads and updates.
-            if keras.backend.backend() != "tensorflow":
-                return self._reduce(y_true, y_pred)
-            with ReadScope():
-                return self._reduce(y_true, y_pred)
+        # TensorFlow and JAX run this code only in traces.
+        is_torch = keras.backend.backend() == "torch"
+        if self.model is None or (is_torch and self.model in self.loss.checked_models):
+            return self._reduce(y_true, y_pred)
+        is_frozen = not variables_can_be_assigned()  # in a step of a user's own on JAX
         with ReadScope() as scope:
             try:
                 value = self._reduce(y_true, y_pred)
             except LossArgsError:
                 raise
             except Exception as error:
-                self._check_reads(scope, error)
+                self._check_reads(scope, is_frozen, error)
                 raise
-        self._check_reads(scope)
+        self._check_reads(scope, is_frozen)
         if not in_symbolic_scope():  # stand-ins of PyTorch draw no random numbers
             self.loss.checked_models.add(self.model)
         return value
@@ -256,10 +256,18 @@ class Call:
 
     # What went wrong.
 
-    def _check_reads(self, scope: ReadScope, cause: Exception | None = None) -> None:
+    def _check_reads(
+        self, scope: ReadScope, is_frozen: bool, cause: Exception | None = None
+    ) -> None:
         """Raise if the function read a variable that the model does not hold."""
         model, name = self.model, self.loss.loss_function.name
         held = {id(variable) for variable in (*model.variables, *model.metrics_variables)}
+        if is_frozen and held & scope.variables.keys():
+            raise ArgumentError(
+                f"{name} reads a weight of the model, and this train_step evaluates it outside of "
+                "the model's state: JAX would freeze the value. Evaluate it by "
+                "self.stateless_compute_loss(...)."
+            ) from cause
         for key, variable in scope.variables.items():
             if key not in held:
                 raise ArgumentError(
@@ -335,6 +343,7 @@ def build(call: Call, y_true: Any, y_pred: Any) -> Any:
             "loss(y_true, parallel(x, training=True), ...).backward(), and a torch.optim "
             "optimizer; examples/distributed.py has it."
         )
+    call.loss.checked_models.discard(call.model)  # it may be compiled again
     layers = attached_layers(call.model)
     for layer in layers:
         layer.prepare(call.model)
@@ -393,7 +402,8 @@ def _split(loss: Any, sample_weight: Any) -> tuple[Mapping[str, Any], Any]:
             )
     # Keras weights such a metric by the first entry of the dict, in the order of its keys.
     first = min(sample_weight) if batch else SAMPLE_WEIGHT
-    if first != SAMPLE_WEIGHT and (metrics := weighted_metrics_in_use()):
+    metrics = weighted_metrics_in_use() if first != SAMPLE_WEIGHT else None
+    if metrics:
         raise BatchError(
             f"weighted_metrics={metrics} would be weighted by the batch entry {first!r}, since "
             "Keras takes the first entry of a dict for the sample weights. Give these metrics as "

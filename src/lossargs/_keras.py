@@ -3,6 +3,7 @@
 If a Keras release moves one of these names, this is the file to mend, and the only one.
 """
 
+import copyreg
 import dataclasses
 import functools
 import inspect
@@ -179,8 +180,9 @@ def _method_calls(cls: type, *names: str) -> Iterator[tuple[FrameType, Any]]:
             owner = frame.f_locals.get(code.co_varnames[0])
             if isinstance(owner, cls):
                 for base in type(owner).__mro__:
-                    is_static = isinstance(vars(base).get(code.co_name), staticmethod)
-                    if code.co_qualname == f"{base.__qualname__}.{code.co_name}" and not is_static:
+                    method = vars(base).get(code.co_name)
+                    is_method = method is not None and not isinstance(method, staticmethod)
+                    if is_method and code.co_qualname == f"{base.__qualname__}.{code.co_name}":
                         yield frame, owner
                         break
         frame = frame.f_back
@@ -288,6 +290,7 @@ def give_variables_back() -> None:
             for variable, value in zip(variables, values, strict=False):
                 if variable._value is None:
                     variable._value = value
+        model._jax_state_synced = True  # Keras has older values
         return
 
 
@@ -321,8 +324,10 @@ class _InEpochs:
         self._sync()
         super()._direct_assign(value)  # type: ignore[misc]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_models": weakref.WeakSet()}  # a copy is in no model
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy it as a plain variable, which is in no model."""
+        state = {name: value for name, value in vars(self).items() if name != "_models"}
+        return copyreg.__newobj__, (type(self).__bases__[1],), state  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from lossargs._keras import (
     AutocastScope,
     Functional,
     ReadScope,
+    Step,
     allow_any_arguments,
     called_for_training,
     flat_layers,
@@ -273,8 +274,8 @@ class LossArgs(keras.Layer):
         step = running_step()
         try:
             self._check(tensors, given)
-            if step is not None and step.has_loss:
-                self._prepare_once(step.model)
+            if step is not None and step.model is not None:
+                self._prepare_once(step)
         except LossArgsError:
             give_variables_back()
             raise
@@ -357,13 +358,15 @@ class LossArgs(keras.Layer):
             size = shape[0] if len(y_pred.shape) else None
             metric.update_state(keras.ops.stop_gradient(value), sample_weight=size)
 
-    def _prepare_once(self, model: Any) -> None:
-        # TensorFlow runs this code only in a trace.
-        if model is not None and (
-            model not in self._prepared or keras.backend.backend() == "tensorflow"
-        ):
-            self.prepare(model)
-            self._prepared.add(model)
+    def _prepare_once(self, step: Step) -> None:
+        # TensorFlow and JAX run this code only in traces.
+        if keras.backend.backend() != "torch" or step.model not in self._prepared:
+            for one in self.live:
+                if one.adapter.variable is not None:
+                    follow_in_epochs(one.adapter.variable, step.model)
+            if step.has_loss:
+                self.prepare(step.model)
+                self._prepared.add(step.model)
 
     def prepare(self, model: keras.Model) -> None:
         """Check this layer, and name its logs, before the first step of a model that it is in.
@@ -384,9 +387,6 @@ class LossArgs(keras.Layer):
         settle_names(layers_of(model), metric_names(model))
         if is_own and isinstance(model, (Functional, keras.Sequential)):
             self.note_weights_of(model.layers)
-        for one in self.live:
-            if one.adapter.variable is not None:
-                follow_in_epochs(one.adapter.variable, model)
 
     def note_weights_of(self, layers: Iterable[Any]) -> None:
         """Let variables that are weights of other layers of the graph be saved by these."""
