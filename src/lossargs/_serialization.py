@@ -18,6 +18,8 @@ from lossargs._values import is_live, is_live_loss, show, without_ml_dtypes
 
 _PLAIN = (type(None), bool, int, float, str)  # JSON keeps them exactly
 
+NOT_LOSSES = ("get", "serialize", "deserialize")  # functions beside those of keras.losses
+
 
 def encode(value: Any, where: str, encode_live: Callable[[Any], Any] | None = None) -> Any:
     """Return the value as JSON that keeps it exactly, for `decode`.
@@ -170,7 +172,7 @@ def _decode_array(data: bytes) -> np.ndarray[Any, Any]:
 def _find_function(name: str) -> Any:
     """Return a function that is registered, or an activation or loss of Keras."""
     found = keras.saving.get_registered_object(name)
-    if found is None and name not in ("get", "serialize", "deserialize"):
+    if found is None and name not in NOT_LOSSES:
         found = getattr(keras.activations, name, None) or getattr(keras.losses, name, None)
     if not isinstance(found, types.FunctionType):
         raise TypeError(f"it names the function {name!r}, which is not registered")
