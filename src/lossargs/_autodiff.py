@@ -78,15 +78,17 @@ def _jax(function: Function, xs: list[Any], paths: list[Path]) -> Values:
     return up_to(max(len(path) for _, path in paths))(xs)
 
 
-def _torch(function: Function, xs: list[Any], paths: list[Path]) -> Values:
+def _torch(
+    function: Function, xs: list[Any], paths: list[Path], *, probing: bool = False
+) -> Values:
     import torch  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
     if torch.compiler.is_compiling():  # `torch.compile` has no second derivative
         uncompiled: Callable[..., Values] = torch.compiler.disable(_torch)
-        return uncompiled(function, xs, paths)
+        return uncompiled(function, xs, paths, probing=probing)
     plan = _plan(paths)
     recording = torch.is_grad_enabled()
-    careful = in_symbolic_scope()
+    careful = probing or in_symbolic_scope()
     with torch.enable_grad():  # also when evaluating
         # Two of them may be one tensor.
         xs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in xs]
@@ -146,5 +148,8 @@ def differentiate(function: Function, xs: list[Any], paths: list[Path]) -> Value
 
 def probe(function: Function, xs: list[Any], paths: list[Path]) -> None:
     """Fail as `differentiate` would, and leave nothing in the program of the step."""
+    if keras.backend.backend() == "torch":
+        _torch(function, xs, paths, probing=True)
+        return
     specs = [keras.KerasTensor(x.shape, x.dtype) for x in xs]
     compute_output_spec(lambda xs: [*differentiate(function, xs, paths).values()], specs)

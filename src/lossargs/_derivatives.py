@@ -11,13 +11,13 @@ from lossargs._errors import ArgumentError, DerivativeError, SavingError, listed
 from lossargs._keras import (
     LayerOfOthers,
     Sandbox,
+    above,
     calls_above,
     compute_output_spec,
     get_keras_mask,
     in_sharing_scope,
     set_keras_mask,
 )
-from lossargs._keras import above as inputs_above
 from lossargs._serialization import checked, damaged, reading
 from lossargs._values import Slot, rebuilt, show
 
@@ -122,14 +122,15 @@ def _check(paths: list[tuple[Any, ...]], ys: list[Any], xs: list[Any]) -> None:
             )
     for x in xs:
         others = [other for other in xs if other is not x]
-        if above := [other for other in others if _depends(x, other, others)]:
-            raise DerivativeError(
-                f"{show(x)} is computed from {show(above[0])}, and derivatives() needs "
-                "independent variables. Take the derivatives one after another, by grad()."
-            )
+        for other in others:
+            if _depends(x, other, others):
+                raise DerivativeError(
+                    f"{show(x)} is computed from {show(other)}, and derivatives() needs "
+                    "independent variables. Take them one after another, by grad()."
+                )
     for y, x in ((y, x) for y, *along in paths for x in along):
         if y is not x and not _depends(y, x):
-            names = listed(tensor.name for tensor in inputs_above([y])[0].values())
+            names = listed(tensor.name for tensor in above([y])[0].values())
             raise DerivativeError(
                 f"y, {show(y)}, is not computed from x, {show(x)}, but from the inputs {names}: "
                 "the derivative would be zero. Take the output of the network for this x, "
@@ -213,6 +214,9 @@ def undifferentiated(tensor: keras.KerasTensor) -> keras.KerasTensor:
 def _without_history(tensors: list[Any]) -> list[keras.KerasTensor]:
     # Keras calls the product of a tensor and a number sparse, which it is not.
     return [keras.KerasTensor(one.shape, one.dtype) for one in tensors]
+
+
+_LISTS = ("operations", "calls", "results", "paths")
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
@@ -311,10 +315,8 @@ class Derivatives(LayerOfOthers):
             ) from error
         return [values[path] for path in paths]
 
-    def compute_output_spec(self, inputs: list[Any], **kwargs: Any) -> list[Any]:
-        kwargs.pop("evaluated", None)
-        results: Any = compute_output_spec(self.call, _without_history(inputs), **kwargs)
-        return list(results)
+    def compute_output_spec(self, inputs: Any, evaluated: Any = (), **kwargs: Any) -> Any:  # noqa: ARG002
+        return compute_output_spec(self.call, _without_history(inputs), **kwargs)
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
         """Return no mask."""
@@ -336,15 +338,11 @@ class Derivatives(LayerOfOthers):
                 "clone_model does: its layers would not be shared. Save and load it, or use "
                 "copy.deepcopy(model)."
             )
-        loaded = keras.saving.deserialize_keras_object
         with reading("The config of a Derivatives layer"):
-            program = {
-                "operations": loaded(checked(config, "operations", list)),
-                "calls": loaded(checked(config, "calls", list)),
-                "results": checked(config, "results", list),
-                "along": checked(config, "along", int),
-                "paths": [(y, tuple(path)) for y, path in checked(config, "paths", list)],
-            }
+            lists = {name: checked(config, name, list) for name in _LISTS}
+            program = keras.saving.deserialize_keras_object(lists)
+            program["paths"] = [(y, tuple(path)) for y, path in program["paths"]]
+            program["along"] = checked(config, "along", int)
             _check_program(**program)
             return cls(**{**config, **program})
 

@@ -26,13 +26,7 @@ class _AllOptions(Options, total=False):
 
 
 class LossFactory(Generic[P]):
-    """Binds the extra arguments of a loss function; made by `with_args`.
-
-    Attributes:
-        function: The function as lossargs knows it.
-        __wrapped__: The function itself.
-        __signature__: Its signature without the first two parameters.
-    """
+    """Binds the extra arguments of a loss function, `__wrapped__`; made by `with_args`."""
 
     def __init__(
         self, function: LossFunction, *, name: str | None, reduction: str | None, dtype: Any

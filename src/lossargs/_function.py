@@ -29,14 +29,7 @@ _registry: "dict[str, LossFunction]" = {}
 
 
 class LossFunction:
-    """A function `fn(y_true, y_pred, **extra)`, inspected once.
-
-    Attributes:
-        key: `package>name`, the name that a saved loss holds.
-        signature: Its signature without the first two parameters.
-        module, qualname: Where another process imports it from.
-        origin: The file and the qualified name; equal if one place is read twice.
-    """
+    """A function `fn(y_true, y_pred, **extra)`, inspected once; `key` is its name when saved."""
 
     def __init__(self, fn: Callable[..., Any], *, name: str | None, package: str | None) -> None:
         self.fn = fn
@@ -55,6 +48,7 @@ class LossFunction:
 
         self._layers = _layers(fn)
         self._given = {"name": name, "package": package}
+        # Where another process imports it from.
         self.module, self.qualname, file = _home(fn, self._layers[-1])
         self.key = f"{package or self.module}>{name or self.qualname}"
         self._place = f"{fn.__module__}:{getattr(fn, '__qualname__', '')}"
@@ -191,9 +185,8 @@ def inspected(
 def registered(key: str, module: str) -> LossFunction:
     """Return the function that a saved loss names; `module` defined it when it was saved."""
     package, _, name = key.partition(">")
-    fn: Any = None
-    for custom_name in (key, name):  # from custom_objects={...} of `load_model`
-        fn = fn or keras.saving.get_registered_object(custom_name)
+    # From custom_objects={...} of `load_model`.
+    fn = next(filter(None, map(keras.saving.get_registered_object, (key, name))), None)
     if fn is None and key in _registry:
         return _registry[key]
     if fn is None and package == "keras.losses" and name not in NOT_LOSSES:

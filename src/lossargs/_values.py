@@ -21,13 +21,7 @@ _NO_NUMBERS = "SUMm"  # kinds of dtypes: text, dates and times
 _USER_DEFINED = 2  # `dtype.isbuiltin` of a dtype of ml_dtypes, e.g. bfloat16
 
 # They hold variables or are used up. A constant is read once, when the step is traced.
-_HOLDERS = (
-    keras.Layer,
-    keras.Metric,
-    keras.Optimizer,
-    keras.random.SeedGenerator,
-    Iterator,
-)
+_HOLDERS = (keras.Layer, keras.Metric, keras.Optimizer, keras.random.SeedGenerator, Iterator)
 _VARIABLES = ("tensorflow Variable", "torch Parameter", "flax Variable")
 
 # Types whose values change between steps; `lossargs.Adapter` adds to them.
@@ -63,12 +57,10 @@ def live_leaves(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield the live values in a bound value, each with its place: `""`, `"_0"`, `"_key"`."""
     if is_live(value):
         yield "", value
-    elif isinstance(value, dict):
-        for key, item in value.items():
+    elif isinstance(value, dict) or type(value) in (list, tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
             yield from ((f"_{key}{place}", leaf) for place, leaf in live_leaves(item))
-    elif type(value) in (list, tuple):
-        for number, item in enumerate(value):
-            yield from ((f"_{number}{place}", leaf) for place, leaf in live_leaves(item))
 
 
 def rebuilt(
@@ -199,12 +191,7 @@ def _changing_kind(value: Any) -> str | None:
 
 
 def hand_on(value: Any, dtype: str, where: str) -> Any:
-    """Return the value for the user's function, the same on every backend.
-
-    Arrays and tensors become tensors. Those of floats have `dtype`, as `y_true` and `y_pred` have;
-    those of bool and integers keep theirs. Scalars of NumPy become numbers of Python. Containers
-    are new: the function may change them.
-    """
+    """Return the value for the user's function: arrays as tensors, those of floats of `dtype`."""
 
     def convert(leaf: Any) -> Any:
         if type(leaf) in _ATOMS:
@@ -228,16 +215,16 @@ def hand_on(value: Any, dtype: str, where: str) -> Any:
     return rebuilt(value, convert, repr(where))
 
 
-def _readonly(leaf: Any) -> Any:
-    if isinstance(leaf, np.ndarray):
-        leaf = leaf.view()
-        leaf.flags.writeable = False
-    return leaf
-
-
 def exhibit(value: Any) -> Any:
     """Return the value for `loss.args`: new containers, read-only arrays."""
-    return rebuilt(value, _readonly)
+
+    def readonly(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray):
+            leaf = leaf.view()
+            leaf.flags.writeable = False
+        return leaf
+
+    return rebuilt(value, readonly)
 
 
 def identity(value: Any) -> Hashable:
@@ -262,15 +249,10 @@ def identity(value: Any) -> Hashable:
 
 def describe_lists(args: Mapping[str, Any]) -> str:
     """Return a sentence about the arguments that are lists or tuples of numbers, or `""`."""
-    kinds = [f"`{n}` is a {type(v).__name__}" for n, v in args.items() if _is_list_of_numbers(v)]
-    if not kinds:
-        return ""
-    return f"{', '.join(kinds)}; if the function needs an array, bind `numpy.array(...)`."
-
-
-def _is_list_of_numbers(value: Any) -> bool:
-    is_list = isinstance(value, (list, tuple)) and len(value) > 0
-    return is_list and all(isinstance(v, Number) or _is_list_of_numbers(v) for v in value)
+    lists = {n: keras.tree.flatten(v) for n, v in args.items() if isinstance(v, (list, tuple))}
+    numbers = [n for n, v in lists.items() if v and all(isinstance(one, Number) for one in v)]
+    kinds = ", ".join(f"`{n}` is a {type(args[n]).__name__}" for n in numbers)
+    return kinds and f"{kinds}; if the function needs an array, bind `numpy.array(...)`."
 
 
 def show(value: Any) -> str:
