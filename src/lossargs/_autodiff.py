@@ -136,13 +136,7 @@ def has_derivatives() -> bool:
 
 
 def differentiate(function: Function, xs: list[Any], paths: list[Path]) -> Values:
-    """Return derivatives of the results of a function, and maybe others, by their paths.
-
-    Args:
-        function: Takes a list of tensors and returns a list of tensors, which are differentiated.
-        xs: The tensors, floating-point.
-        paths: The derivatives to take: gradients of the sum of a result.
-    """
+    """Return gradients of sums of the results of a function by their paths, and maybe others."""
     return _BODIES[keras.backend.backend()](function, xs, paths)
 
 
