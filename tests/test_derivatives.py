@@ -530,11 +530,11 @@ def fails(kind, *arguments):
 def test_error_if_y_does_not_depend_on_x():
     x, t = inputs()
     message = fails(DerivativeError, (x**2, t))
-    assert "are tensors of two graphs" in message
-    assert "the inputs 'x', and x is, or is computed from, 't'" in message
+    assert "is not computed from x, <symbolic tensor 't' (None, 1)>" in message
+    assert "but from the inputs 'x': the derivative would be zero" in message
     message = fails(DerivativeError, (x * t + 1, x * t))
     assert "is not computed from x" in message
-    assert "would be zero. It is computed from the inputs" in message
+    assert "but from the inputs" in message
 
 
 def test_error_of_another_graph():
@@ -548,7 +548,7 @@ def test_error_of_integers():
     words = keras.Input((3,), dtype="int32", name="words")
     vectors = keras.layers.Embedding(5, 2)(words)
     message = fails(DerivativeError, (vectors, words))
-    assert message.startswith("<symbolic tensor 'words' (None, 3)> is int32, and only")
+    assert message.startswith("<symbolic tensor 'words' (None, 3)> is int32, and derivatives")
     assert "keras.Input(shape, dtype='float32')" in message
     message = fails(DerivativeError, (ops.argmax(vectors, axis=-1), vectors))
     assert "is int32" in message

@@ -13,6 +13,6 @@ def test_error_of_the_numpy_backend():
     with pytest.raises(DerivativeError) as caught:
         grad(x**2, x)
     assert message_of(caught.value) == (
-        "Keras's backend 'numpy' cannot differentiate, so that grad() cannot either. "
+        "Keras's backend 'numpy' cannot differentiate. "
         "Set KERAS_BACKEND to 'tensorflow', 'jax' or 'torch'."
     )

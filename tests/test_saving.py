@@ -176,8 +176,10 @@ def test_notebook_cell_that_is_run_again(tmp_path):
         assert keras.saving.load_model(path).loss is in_cell(10)
     """
     output = run_python(textwrap.dedent(code))
-    assert output.startswith("in_cell was defined anew, with other code, after this loss was bound")
-    assert "Bind and compile again with the new one" in output
+    assert output.startswith(
+        "in_cell was defined again, with other code, after this loss was bound"
+    )
+    assert "Bind and compile with the new function" in output
 
 
 def test_unknown_function(tmp_path):
@@ -192,7 +194,7 @@ def test_unknown_function(tmp_path):
     """
     text = message_of(run_python(textwrap.dedent(code)))
     assert text.startswith("The saved loss uses the function 'losses>shifted', which this process")
-    assert "Import the module that gives it to with_args before loading ('losses' defined" in text
+    assert "Before loading, import the module that gives it to with_args ('losses' defined" in text
     assert "with_args(package='losses', name='shifted')" in text
 
 
@@ -222,8 +224,8 @@ def test_lambda(tmp_path):
     with pytest.raises(SavingError) as error:
         saved(loss, tmp_path / "model.keras")
     assert message_of(error.value) == (
-        "<lambda> is a lambda, and a loss is saved by the name of its function. Write it with "
-        "`def` at the top of a module, under @with_args."
+        "<lambda> is a lambda. Saved losses hold the name of a function, and nothing that it "
+        "holds. Write it at the top of a module: `def my_loss(y_true, y_pred): ...`."
     )
 
 
@@ -249,7 +251,7 @@ def test_same_code_with_other_defaults():
         return graded
 
     one, same, other = make(1.0)(), make(1.0)(), make(5.0)()
-    with pytest.raises(SavingError, match="graded was defined anew, with other code"):
+    with pytest.raises(SavingError, match="graded was defined again, with other code"):
         one.get_config()
     assert other.get_config()
     assert make(1.0)().get_config()
@@ -267,7 +269,7 @@ def test_default_that_could_not_be_bound():
     one, _ = make(1)(), make(1)()
     assert one.get_config()
     make(2)
-    with pytest.raises(SavingError, match="chosen was defined anew"):
+    with pytest.raises(SavingError, match="chosen was defined again"):
         one.get_config()
 
 

@@ -8,17 +8,17 @@ from typing import Any
 
 import keras
 
-from lossargs._keras import in_symbolic_scope
+from lossargs._keras import compute_output_spec, in_symbolic_scope
 
-# A derivative: the place of what is differentiated among the results of a function, and the places
-# of what it is differentiated along, one after another, among its arguments.
+# A derivative: the index of a result of a function, and the indices of the arguments to
+# differentiate along, one after another.
 Path = tuple[int, tuple[int, ...]]
 Function = Callable[[list[Any]], list[Any]]
 Values = dict[Path, Any]
 
 
 def _plan(paths: Iterable[Path]) -> dict[Path, list[int]]:
-    """What to differentiate, lower orders first, and along which arguments each."""
+    """Return what to differentiate, lower orders first, and along which arguments each."""
     plan: dict[Path, list[int]] = {}
     steps = {(k, y, path[:k], path[k]) for y, path in paths for k in range(len(path))}
     for _, y, path, x in sorted(steps):
@@ -83,6 +83,9 @@ def _torch(
 ) -> Values:
     import torch  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
+    if torch.compiler.is_compiling():  # `torch.compile` has no second derivative
+        uncompiled: Callable[..., Values] = torch.compiler.disable(_torch)
+        return uncompiled(function, xs, paths, probing=probing)
     plan = _plan(paths)
     recording = torch.is_grad_enabled()
     careful = probing or in_symbolic_scope()
@@ -97,7 +100,7 @@ def _torch(
                 slopes = torch.autograd.grad(
                     value,
                     sources,
-                    # By requiring a gradient, what can be differentiated only once is made to show.
+                    # With a gradient, a function that is differentiable only once shows itself.
                     torch.ones_like(value, requires_grad=careful),
                     create_graph=recording or any((y, (*path, x)) in plan for x in along),
                     retain_graph=True,
@@ -124,57 +127,23 @@ def _refuse_cut_graph(value: Any) -> None:
                 raise RuntimeError("a function marked with @once_differentiable is in the way")
 
 
-def _torch_uncompiled(
-    function: Function, xs: list[Any], paths: list[Path], *, probing: bool = False
-) -> Values:
-    import torch  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
-
-    # What `torch.compile` makes has no second derivative.
-    body = torch.compiler.disable(_torch) if torch.compiler.is_compiling() else _torch
-    return body(function, xs, paths, probing=probing)
-
-
-def _probe_tensorflow(function: Function, xs: list[Any], paths: list[Path]) -> None:
-    import tensorflow as tf  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
-
-    probe = tf.function(lambda: _tensorflow(function, xs, paths), autograph=False)
-    probe.get_concrete_function()
-
-
-def _probe_jax(function: Function, xs: list[Any], paths: list[Path]) -> None:
-    import jax  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
-
-    jax.eval_shape(lambda xs: _jax(function, xs, paths), xs)
-
-
-def _probe_torch(function: Function, xs: list[Any], paths: list[Path]) -> None:
-    _torch_uncompiled(function, xs, paths, probing=True)
-
-
-_BODIES = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch_uncompiled}
-_PROBES = {"tensorflow": _probe_tensorflow, "jax": _probe_jax, "torch": _probe_torch}
+_BODIES = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
 
 
 def has_derivatives() -> bool:
-    """Whether the backend in use can differentiate."""
+    """Return whether the backend in use can differentiate."""
     return keras.backend.backend() in _BODIES
 
 
 def differentiate(function: Function, xs: list[Any], paths: list[Path]) -> Values:
-    """Derivatives of the results of a function, by the backend in use.
-
-    Args:
-        function: Takes a list of tensors and gives a list of tensors, which are differentiated.
-        xs: The tensors, floating-point.
-        paths: The derivatives to take. Each is the gradient of the sum of what it differentiates,
-            which for the samples of a batch is each one's own; it can be differentiated further.
-
-    Returns:
-        The values by their paths, and among them maybe others.
-    """
+    """Return gradients of sums of the results of a function by their paths, and maybe others."""
     return _BODIES[keras.backend.backend()](function, xs, paths)
 
 
 def probe(function: Function, xs: list[Any], paths: list[Path]) -> None:
     """Fail as `differentiate` would, and leave nothing in the program of the step."""
-    _PROBES[keras.backend.backend()](function, xs, paths)
+    if keras.backend.backend() == "torch":
+        _torch(function, xs, paths, probing=True)
+        return
+    specs = [keras.KerasTensor(x.shape, x.dtype) for x in xs]
+    compute_output_spec(lambda xs: [*differentiate(function, xs, paths).values()], specs)

@@ -23,16 +23,16 @@ from lossargs._values import Slot, rebuilt, show
 
 
 def grad(y: keras.KerasTensor, x: keras.KerasTensor) -> keras.KerasTensor:
-    """The gradient of a symbolic tensor with respect to another, as one more symbolic tensor.
+    """Return the gradient of a symbolic tensor with respect to another, as a symbolic tensor.
 
     Pass it to a loss, or use it as any tensor of the graph: for another `grad`, as an output of
     the model. Its layers are those of `y`, shared. Their state changes as with the output `y`.
 
     Args:
-        y: What is differentiated, floating-point, of any shape. What is summed up over everything
+        y: The tensor to differentiate, floating-point, of any shape. It is summed over everything
             but the batch; for one component of several take `y[:, :1]`.
-        x: A `keras.Input`, or a tensor on the way from inputs to `y`, floating-point. What else
-            `y` is computed from is held fast.
+        x: A `keras.Input`, or a tensor on the way from inputs to `y`, floating-point. Other
+            tensors that `y` is computed from are constant.
 
     Returns:
         The gradient of the sum of `y`, with the shape and dtype of `x`. Each sample has its own,
@@ -62,23 +62,21 @@ def grad(y: keras.KerasTensor, x: keras.KerasTensor) -> keras.KerasTensor:
 
 
 def derivatives(*wanted: Any) -> list[keras.KerasTensor]:
-    """Several derivatives at once, all from one evaluation of the layers that they share.
+    """Return several derivatives from one evaluation of the layers that they share.
 
-    Separate calls of `grad` evaluate the layers again each time. Compilers merge the evaluations,
-    but not all of their training, and eager PyTorch merges nothing. If layers are random, only the
-    derivatives of one call are of the same draw.
+    Each call of `grad` evaluates the layers again. Compilers merge only a part of that, and eager
+    PyTorch nothing. If layers are random, only derivatives of one call are of the same draw.
 
     Args:
-        *wanted: Each a tuple `(y, x, ...)`: the gradient of `y` along `x`, that along the next,
-            and so on; or a tensor `y` by itself, to go on with in place of the first one.
-            All are as for `grad`.
+        *wanted: Tuples `(y, x, ...)`: the gradient of `y` along `x`, that along the next, and so
+            on; or a tensor `y`, to use in place of the first one. All are as for `grad`.
 
     Returns:
         A symbolic tensor for each.
 
     Raises:
         DerivativeError: As for `grad`; or a tensor to differentiate along depends on another one.
-        ArgumentError: Something is not a symbolic tensor.
+        ArgumentError: An argument is not a symbolic tensor.
 
     Examples:
         >>> import keras
@@ -92,23 +90,21 @@ def derivatives(*wanted: Any) -> list[keras.KerasTensor]:
     for tensor in (tensor for path in paths for tensor in (path or [None])):
         if not isinstance(tensor, keras.KerasTensor):
             raise ArgumentError(
-                f"A derivative was to be taken of, or along, {tensor!r}. grad(y, x) takes symbolic "
-                "tensors, with which a model is made: a keras.Input, and what layers give for it; "
-                "derivatives() takes these, and tuples (y, x, ...) of them."
+                f"Cannot differentiate {tensor!r}. grad(y, x) takes symbolic tensors: a "
+                "keras.Input, and the outputs of layers; derivatives() takes tuples (y, x, ...)."
             )
     if not has_derivatives():
         raise DerivativeError(
-            f"Keras's backend {keras.backend.backend()!r} cannot differentiate, so that grad() "
-            "cannot either. Set KERAS_BACKEND to 'tensorflow', 'jax' or 'torch'."
+            f"Keras's backend {keras.backend.backend()!r} cannot differentiate. Set KERAS_BACKEND "
+            "to 'tensorflow', 'jax' or 'torch'."
         )
     ys = _distinct(path[0] for path in paths)
     xs = _distinct(x for path in paths for x in path[1:])
     _check(paths, ys, xs)
     if not xs:
         return [y for (y,) in paths]
-    places = {id(x): place for place, x in enumerate(xs)}
-    y_places = {id(y): place for place, y in enumerate(ys)}
-    by_place = [(y_places[id(y)], tuple(places[id(x)] for x in along)) for y, *along in paths]
+    x_place, y_place = ({id(one): i for i, one in enumerate(ones)} for ones in (xs, ys))
+    by_place = [(y_place[id(y)], tuple(x_place[id(x)] for x in along)) for y, *along in paths]
     return _apply_between(xs, ys, by_place)
 
 
@@ -120,41 +116,30 @@ def _check(paths: list[tuple[Any, ...]], ys: list[Any], xs: list[Any]) -> None:
     for tensor in (*ys, *xs):
         if not keras.backend.is_float_dtype(tensor.dtype):
             raise DerivativeError(
-                f"{show(tensor)} is {tensor.dtype}, and only what is floating-point can be "
-                "differentiated, and along. Make the input a float one, "
-                "keras.Input(shape, dtype='float32'), or differentiate along what a layer, an "
-                "Embedding say, makes of it."
+                f"{show(tensor)} is {tensor.dtype}, and derivatives are floating-point. Write "
+                "keras.Input(shape, dtype='float32'), or differentiate along the output of a "
+                "layer such as Embedding."
             )
     for x in xs:
         others = [other for other in xs if other is not x]
-        used = {id(given) for call in _calls([x], others) for given in _given(call)}
         for other in others:
-            if id(other) in used:
+            if _depends(x, other, others):
                 raise DerivativeError(
-                    f"{show(x)} is computed from {show(other)}, and what derivatives() "
-                    "differentiates along are independent variables. Take them one after another, "
-                    "by grad()."
+                    f"{show(x)} is computed from {show(other)}, and derivatives() needs "
+                    "independent variables. Take them one after another, by grad()."
                 )
-    for y, *along in paths:
-        for x in along:
-            _check_dependence(y, x)
+    for y, x in ((y, x) for y, *along in paths for x in along):
+        if y is not x and not _depends(y, x):
+            names = listed(tensor.name for tensor in above([y])[0].values())
+            raise DerivativeError(
+                f"y, {show(y)}, is not computed from x, {show(x)}, but from the inputs {names}: "
+                "the derivative would be zero. Take the output of the network for this x, "
+                "y = network(x), and not network.output."
+            )
 
 
-def _check_dependence(y: Any, x: Any) -> None:
-    if y is x or any(given is x for call in _calls([y]) for given in _given(call)):
-        return
-    of_y, of_x = (above([tensor])[0] for tensor in (y, x))
-    names = listed(tensor.name for tensor in of_y.values())
-    if of_y.keys() & of_x.keys():
-        raise DerivativeError(
-            f"y, {show(y)}, is not computed from x, {show(x)}: its derivative would be zero. It is "
-            f"computed from the inputs {names}, on a way on which x is not."
-        )
-    raise DerivativeError(
-        f"y, {show(y)}, and x, {show(x)}, are tensors of two graphs: y is computed from the inputs "
-        f"{names}, and x is, or is computed from, {listed(t.name for t in of_x.values())}. Let y "
-        "be what the network gives for this x, y = network(x), and not network.output."
-    )
+def _depends(y: Any, x: Any, until: Iterable[Any] = ()) -> bool:
+    return any(given is x for call in _calls([y], until) for given in _given(call))
 
 
 def _given(call: Any) -> list[Any]:
@@ -164,7 +149,7 @@ def _given(call: Any) -> list[Any]:
 
 
 def _calls(ys: list[Any], until: Iterable[Any] = ()) -> list[Any]:
-    """Return the calls that `ys` are computed from, without those for `evaluated`."""
+    """Return the calls that `ys` are computed from, without those only for `evaluated`."""
     needed = {id(y) for y in ys}
     calls = []
     for call in reversed(calls_above(ys, until)):
@@ -216,11 +201,13 @@ def _apply_between(xs: list[Any], ys: list[Any], paths: list[Path]) -> list[Any]
 
 
 def undifferentiated(tensor: keras.KerasTensor) -> keras.KerasTensor:
-    """A tensor that `derivatives` gave to go on with, as it was before; others as they are."""
+    """Return the original of a tensor `y` that `derivatives` returned, and others as they are."""
     call = calls_above([tensor])[-1]
     if not isinstance(call.operation, Derivatives):
         return tensor
-    y, path = call.operation.paths[[id(output) for output in call.outputs].index(id(tensor))]
+    y, path = call.operation.program.paths[
+        [id(output) for output in call.outputs].index(id(tensor))
+    ]
     return tensor if path else call.operation.replay(_given(call))[y]
 
 
@@ -229,9 +216,12 @@ def _without_history(tensors: list[Any]) -> list[keras.KerasTensor]:
     return [keras.KerasTensor(one.shape, one.dtype) for one in tensors]
 
 
+_LISTS = ("operations", "calls", "results", "paths")
+
+
 @keras.saving.register_keras_serializable(package="lossargs")
 class Derivatives(LayerOfOthers):
-    """Derivatives of what layers compute, which it calls again as they were called in a graph.
+    """Calls layers again, as they were called in a graph, and returns derivatives of the results.
 
     These calls change no variables and add no losses. The original calls do, in the same model.
 
@@ -239,9 +229,9 @@ class Derivatives(LayerOfOthers):
         operations: The layers and operations.
         calls: The calls in order: the place of the operation, arguments, keyword arguments. A
             `Slot` represents a tensor: first the inputs of this layer, then the results of calls.
-        results: The slots of what is differentiated.
-        along: How many of the inputs, the first ones, are differentiated along.
-        paths: The derivatives, of results along tensors, by their places.
+        results: The slots of the tensors to differentiate.
+        along: The number of inputs, the first ones, to differentiate along.
+        paths: The derivatives, by places among results and inputs.
         **kwargs: Those of `keras.layers.Layer`.
     """
 
@@ -254,23 +244,16 @@ class Derivatives(LayerOfOthers):
         paths: list[Path],
         **kwargs: Any,
     ) -> None:
-        # No mixed policy, and nothing is cast: each layer inside sees to that itself.
+        # Each layer inside casts its inputs.
         super().__init__(**{**kwargs, "dtype": keras.config.floatx(), "autocast": False})
         self.supports_masking = True
         self.operations = operations  # for Keras to find the layers
         # In a namespace, for Keras not to wrap the lists for tracking.
-        self._program = types.SimpleNamespace(
-            calls=calls, results=results, along=along, paths=paths
-        )
+        self.program = types.SimpleNamespace(calls=calls, results=results, along=along, paths=paths)
         self._trainable_checked = False
 
-    @property
-    def paths(self) -> Any:
-        """The derivatives that this layer gives."""
-        return self._program.paths
-
     def replay(self, values: list[Any], training: bool | None = None) -> list[Any]:
-        """What is differentiated, computed from the tensors that this layer is called with."""
+        """Return the tensors to differentiate, computed from the inputs of this layer."""
         values = list(values)
 
         def value(place: int) -> Any:
@@ -281,13 +264,13 @@ class Derivatives(LayerOfOthers):
         def filled(leaf: Any) -> Any:
             return value(leaf.index) if isinstance(leaf, Slot) else leaf
 
-        for place, args, kwargs in self._program.calls:
+        for place, args, kwargs in self.program.calls:
             named = rebuilt(kwargs, filled)
             if training is not None and "training" in named:
                 named["training"] = training  # as a Functional model does
             results = self.operations[place](*rebuilt(args, filled), **named)
             values += [results] if keras.ops.is_tensor(results) else keras.tree.flatten(results)
-        return [value(place) for place in self._program.results]
+        return [value(place) for place in self.program.results]
 
     def has_state(self, inputs: list[Any]) -> bool:
         """Return whether the layers have non-trainable variables or add losses."""
@@ -302,50 +285,46 @@ class Derivatives(LayerOfOthers):
 
     def call(self, inputs: list[Any], evaluated: Any = (), training: Any = None) -> list[Any]:  # noqa: ARG002
         """Return the derivatives; `evaluated` only makes the model compute the original results."""
-        along, paths = self._program.along, self.paths
+        along, paths = self.program.along, self.program.paths
         xs, fixed = inputs[:along], inputs[along:]
         masks = [get_keras_mask(x) for x in xs]
+        state: list[Any] = []
 
         def function(xs: list[Any]) -> list[Any]:
             for x, mask in zip(xs, masks, strict=True):
                 if mask is not None:
                     set_keras_mask(x, mask)
-            with Sandbox():
+            with Sandbox(state):
                 return self.replay([*xs, *fixed], training)
 
         try:
             values = differentiate(function, xs, paths)
             if training and not self._trainable_checked:
+                state += [(v, v.value) for v in self.variables]  # a probe reads none around it
                 probe(function, xs, [(y, (*path, path[-1])) for y, path in paths if path])
                 self._trainable_checked = True
-        except SavingError:
-            raise
         except Exception as error:
-            function(xs)  # what fails without derivatives too says so by itself
+            function(xs)  # an error without derivatives is the layer's own
             names = listed(one.name for one in self.operations)
-            # Without training, it would have failed when this layer was put into the graph.
+            # The order that the loss reads was tried when this layer was put into the graph.
             order = max(len(path) for _, path in paths) + bool(training)
             raise DerivativeError(
                 f"{keras.backend.backend()} cannot take a derivative of order {order}"
                 f"{', which training needs,' if training else ''} through {names}: {error} "
-                f"({type(error).__name__}). Use layers and operations that can be differentiated "
-                "that often on this backend."
+                f"({type(error).__name__}). Use other layers, or another backend."
             ) from error
         return [values[path] for path in paths]
 
-    def compute_output_spec(self, inputs: list[Any], **kwargs: Any) -> list[Any]:
-        """Shape and dtype of the derivatives, found out by taking them."""
-        kwargs.pop("evaluated", None)
-        results: Any = compute_output_spec(self.call, _without_history(inputs), **kwargs)
-        return list(results)
+    def compute_output_spec(self, inputs: Any, evaluated: Any = (), **kwargs: Any) -> Any:  # noqa: ARG002
+        return compute_output_spec(self.call, _without_history(inputs), **kwargs)
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
-        """None: a derivative has no mask."""
+        """Return no mask."""
 
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
-            **vars(self._program),
+            **vars(self.program),
             "operations": list(self.operations),
             "shared": in_sharing_scope(),
         }
@@ -356,18 +335,14 @@ class Derivatives(LayerOfOthers):
         if not config.pop("shared", True):
             raise SavingError(
                 "A model with derivatives cannot be made again from its config alone, as "
-                "keras.models.clone_model does: the layers that are differentiated would be other "
-                "ones than those of the model. Save and load it, or copy it by copy.deepcopy."
+                "clone_model does: its layers would not be shared. Save and load it, or use "
+                "copy.deepcopy(model)."
             )
-        loaded = keras.saving.deserialize_keras_object
         with reading("The config of a Derivatives layer"):
-            program = {
-                "operations": loaded(checked(config, "operations", list)),
-                "calls": loaded(checked(config, "calls", list)),
-                "results": checked(config, "results", list),
-                "along": checked(config, "along", int),
-                "paths": [(y, tuple(path)) for y, path in checked(config, "paths", list)],
-            }
+            lists = {name: checked(config, name, list) for name in _LISTS}
+            program = keras.saving.deserialize_keras_object(lists)
+            program["paths"] = [(y, tuple(path)) for y, path in program["paths"]]
+            program["along"] = checked(config, "along", int)
             _check_program(**program)
             return cls(**{**config, **program})
 

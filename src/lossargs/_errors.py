@@ -1,4 +1,4 @@
-"""What can go wrong. No error is a ValueError: Keras wraps these in one of its own."""
+"""The errors. None is a ValueError, which Keras would wrap in one of its own."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,17 +7,17 @@ DOCUMENTATION = "https://lossargs.github.io/lossargs/"
 
 
 def more(error: type[Exception]) -> str:
-    """The note that leads to the section about an error."""
+    """Return the note that links to the documentation of an error."""
     return f"More: {DOCUMENTATION}errors/#{error.__name__.lower()}"
 
 
 class LossArgsError(Exception):
-    """Any error that lossargs raises by itself; catch this to catch them all."""
+    """The base class of all errors of lossargs."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)
         documented = next(cls for cls in type(self).__mro__ if cls.__module__ == __name__)
-        # Beside the text, which Keras and other errors of lossargs quote in the midst of theirs.
+        # Not in the text, which Keras and other errors quote.
         self.add_note(more(documented))
 
 
@@ -54,11 +54,11 @@ class ImmutableError(LossArgsError, AttributeError):
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names for a message: `'a', 'b'`, or `nothing`."""
+    """Return names for a message: `'a', 'b'`, or `nothing`."""
     return ", ".join(repr(name) for name in names) or "nothing"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the name that was probably meant."""
+    """Return the end of a message about an unknown name: a similar name that is known."""
     matches = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f" Did you mean {matches[0]!r}?" if matches else ""

@@ -3,30 +3,30 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, overload
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypedDict, Unpack, overload
 
 import keras
 
-from lossargs._errors import SignatureError
 from lossargs._function import LossFunction, inspected
 from lossargs._loss import BoundLoss
 
 P = ParamSpec("P")
 
-_KEEP: Any = object()  # `None` is a reduction and a dtype
+
+class Options(TypedDict, total=False):
+    """Options of the losses that a factory makes."""
+
+    name: str | None
+    reduction: str | None
+    dtype: Any
+
+
+class _AllOptions(Options, total=False):
+    package: str | None
 
 
 class LossFactory(Generic[P]):
-    """Binds the extra arguments of a loss function; made by `with_args`.
-
-    Attributes:
-        function: The function as lossargs knows it.
-        __wrapped__: The function itself.
-        __signature__: Its signature without the first two parameters.
-    """
-
-    function: LossFunction
-    __wrapped__: Callable[..., Any]
+    """Binds the extra arguments of a loss function, `__wrapped__`; made by `with_args`."""
 
     def __init__(
         self, function: LossFunction, *, name: str | None, reduction: str | None, dtype: Any
@@ -40,6 +40,7 @@ class LossFactory(Generic[P]):
         if dtype is not None:
             dtype = keras.dtype_policies.get(dtype).compute_dtype
         self._options = {"name": name, "reduction": reduction, "dtype": dtype}
+        self._key = (function, *self._options.values())
 
     # The first form is what editors show. The second lets any argument be left to the batch, and
     # be a value that stands for the annotated one.
@@ -48,29 +49,18 @@ class LossFactory(Generic[P]):
     @overload
     def __call__(self, /, *args: Any, **kwargs: Any) -> BoundLoss: ...
     def __call__(self, /, *args: Any, **kwargs: Any) -> BoundLoss:
-        """Bind extra arguments, by position or name; those left out come with the batch.
-
-        Returns:
-            The loss, a `keras.losses.Loss`.
+        """Return a loss with these extra arguments; those left out come with the batch.
 
         Raises:
-            ArgumentError: An argument is unknown, given twice, or no constant.
+            ArgumentError: An argument is unknown, given twice, or cannot be bound.
         """
         return BoundLoss.of(self.function, self.function.bind(args, kwargs), **self._options)
 
-    def options(
-        self, *, name: str | None = _KEEP, reduction: str | None = _KEEP, dtype: Any = _KEEP
-    ) -> "LossFactory[P]":
-        """The same factory with other options for the losses it makes.
+    def options(self, **changes: Unpack[Options]) -> "LossFactory[P]":
+        """Return the factory with other options for the losses it makes.
 
         Args:
-            name: Their name in logs and messages of Keras; `None` is the function's own.
-            reduction: How Keras reduces the losses of the samples: `"sum_over_batch_size"`,
-                `"sum"`, `"mean"`, `"mean_with_sample_weight"`, `"none"` or `None`.
-            dtype: What they compute in, e.g. `"float32"`; `None` is `keras.config.floatx()`.
-
-        Returns:
-            The other factory; options not given are kept.
+            **changes: Among `name`, `reduction` and `dtype`, as for `with_args`.
 
         Examples:
             >>> import keras
@@ -79,38 +69,28 @@ class LossFactory(Generic[P]):
             >>> huber.options(reduction="sum")(delta=2.0)
             huber.options(reduction='sum')(delta=2.0)
         """
-        given = {"name": name, "reduction": reduction, "dtype": dtype}
-        changes = {option: value for option, value in given.items() if value is not _KEEP}
         return LossFactory(self.function, **{**self._options, **changes})
 
     def __repr__(self) -> str:
         return f"<loss factory {self.function.name}{inspect.signature(self)}>"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, LossFactory) and self._identity() == other._identity()
+        return isinstance(other, LossFactory) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash(self._identity())
+        return hash(self._key)
 
-    def _identity(self) -> Any:
-        return self.function, tuple(self._options.items())
-
-    def __copy__(self) -> "LossFactory[P]":
+    def __deepcopy__(self, memo: object = None) -> "LossFactory[P]":
         return self
 
-    def __deepcopy__(self, memo: object) -> "LossFactory[P]":
-        return self
+    __copy__ = __deepcopy__
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (self.function, self._options)
-
-
-def _unpickled(function: LossFunction, options: dict[str, Any]) -> LossFactory[Any]:
-    return LossFactory(function, **options)
+        return functools.partial(LossFactory, self.function, **self._options), ()
 
 
 class _Decorator(Protocol):
-    """What `with_args` is without a function. The second form is for `**extra` functions."""
+    """The result of `with_args` without a function; the second form is for `**extra`."""
 
     @overload
     def __call__(self, fn: Callable[Concatenate[Any, Any, P], Any], /) -> LossFactory[P]: ...
@@ -122,32 +102,14 @@ class _Decorator(Protocol):
 
 @overload
 def with_args(
-    fn: Callable[Concatenate[Any, Any, P], Any],
-    /,
-    *,
-    name: str | None = None,
-    reduction: str | None = "sum_over_batch_size",
-    dtype: Any = None,
-    package: str | None = None,
+    fn: Callable[Concatenate[Any, Any, P], Any], /, **options: Unpack[_AllOptions]
 ) -> LossFactory[P]: ...
 @overload
 def with_args(  # type: ignore[overload-cannot-match]
-    fn: Callable[..., Any],
-    /,
-    *,
-    name: str | None = None,
-    reduction: str | None = "sum_over_batch_size",
-    dtype: Any = None,
-    package: str | None = None,
+    fn: Callable[..., Any], /, **options: Unpack[_AllOptions]
 ) -> LossFactory[...]: ...
 @overload
-def with_args(
-    *,
-    name: str | None = None,
-    reduction: str | None = "sum_over_batch_size",
-    dtype: Any = None,
-    package: str | None = None,
-) -> _Decorator: ...
+def with_args(**options: Unpack[_AllOptions]) -> _Decorator: ...
 def with_args(
     fn: Callable[..., Any] | None = None,
     /,
@@ -157,29 +119,27 @@ def with_args(
     dtype: Any = None,
     package: str | None = None,
 ) -> Any:
-    """Make a factory of Keras losses from a function with extra arguments.
+    """Return a factory of Keras losses for a function with extra arguments.
 
     Args:
-        fn: A function `fn(y_true, y_pred, ...)` of two tensors, which Keras gives it by position,
-            and of further parameters: by position or name, with or without defaults, `**extra`. It
-            returns a tensor with one number for each sample, shape `(batch_size, ...)`, or a
-            scalar.
-        name: The name of the losses in logs, and of the function in saved models; the function's
-            own by default.
+        fn: A function `fn(y_true, y_pred, ...)`. Keras passes two tensors by position. Further
+            parameters have names; defaults and `**extra` are allowed. It returns a tensor with
+            one number for each sample, shape `(batch_size, ...)`, or a scalar.
+        name: The name of the losses in logs, and of the function in saved models; by default the
+            name of the function.
         reduction: How Keras reduces the losses of the samples: `"sum_over_batch_size"`, `"sum"`,
             `"mean"`, `"mean_with_sample_weight"`, `"none"` or `None`.
-        dtype: What the losses compute in, e.g. `"float32"`; `keras.config.floatx()` by default.
-        package: With the function's name, what a saved loss is found by; the module of the
-            function by default.
+        dtype: The dtype of the computation, e.g. `"float32"`; by default `keras.config.floatx()`.
+        package: Saved losses find the function by package and name; by default its module.
 
     Returns:
-        The factory. Calling it with extra arguments gives a loss; an argument left out comes, by
-        its name, with each batch, from a dict in the third element of the data, or is the default.
+        The factory. Calling it with extra arguments returns a loss. An argument left out comes by
+        its name with each batch, in a dict as the third element of the data, or is the default.
         Without `fn`, a decorator.
 
     Raises:
-        SignatureError: The function cannot be called with two tensors and named extra arguments, it
-            captures a variable, or another function goes by its name.
+        SignatureError: The function cannot be called with two tensors and named extra arguments, or
+            another function has its name.
 
     Examples:
         >>> import keras
@@ -195,11 +155,6 @@ def with_args(
     if fn is None:
         return functools.partial(
             with_args, name=name, reduction=reduction, dtype=dtype, package=package
-        )
-    if isinstance(fn, LossFactory):
-        raise SignatureError(
-            f"{fn.function.name} is a loss factory already. For other options write "
-            f"{fn.function.name}.options(...)."
         )
     function = inspected(fn, name=name, package=package)
     return LossFactory(function, name=name, reduction=reduction, dtype=dtype)

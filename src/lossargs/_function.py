@@ -4,7 +4,6 @@ import contextlib
 import functools
 import inspect
 import pkgutil
-import threading
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,40 +20,35 @@ from lossargs._errors import (
     nearest,
 )
 from lossargs._keras import get_object_name
-from lossargs._values import show
+from lossargs._serialization import NOT_LOSSES
 
 # Parameters of `loss(y_true, y_pred, sample_weight=None, **extra)`.
 RESERVED = ("y_true", "y_pred", "sample_weight")
 
 _registry: "dict[str, LossFunction]" = {}
-_registry_lock = threading.Lock()
 
 
 class LossFunction:
-    """A function `fn(y_true, y_pred, **extra)`, inspected once.
-
-    Attributes:
-        key: `package>name`, the name that a saved loss holds.
-        signature: Its signature without the first two parameters.
-        module, qualname: Where another process imports it from.
-        origin: The file and the qualified name; equal if one place is read twice.
-    """
+    """A function `fn(y_true, y_pred, **extra)`, inspected once; `key` is its name when saved."""
 
     def __init__(self, fn: Callable[..., Any], *, name: str | None, package: str | None) -> None:
         self.fn = fn
         self.name = str(name or getattr(fn, "__name__", type(fn).__name__))
         self.log_name = name or get_object_name(fn)
-        self.signature = _extra_signature(fn, self.name)
-        parameters = self.signature.parameters.values()
-        self._named = {p.name: p for p in parameters if p.kind is not p.VAR_KEYWORD}
-        self.takes_any_name = len(self._named) < len(self.signature.parameters)
-        # The first two parameters also have names, unless a `/` follows them.
-        two = list(inspect.signature(fn).parameters.values())[:2]
-        self._first_two = tuple(p.name for p in two if p.kind is p.POSITIONAL_OR_KEYWORD)
-        self._required = tuple(n for n, p in self._named.items() if p.default is p.empty)
+        signature = _checked_signature(fn, self.name)
+        parameters = list(signature.parameters.values())
+        self.signature = signature.replace(
+            parameters=parameters[2:], return_annotation=signature.empty
+        )
+        # Names of the first two parameters, unless a `/` follows them.
+        two = [p.name for p in parameters[:2] if p.kind is p.POSITIONAL_OR_KEYWORD]
+        self._not_extra = (*RESERVED, *two)
+        self._named = {p.name: p for p in parameters[2:] if p.kind is not p.VAR_KEYWORD}
+        self.takes_any_name = len(self._named) < len(parameters) - 2
 
         self._layers = _layers(fn)
         self._given = {"name": name, "package": package}
+        # Where another process imports it from.
         self.module, self.qualname, file = _home(fn, self._layers[-1])
         self.key = f"{package or self.module}>{name or self.qualname}"
         self._place = f"{fn.__module__}:{getattr(fn, '__qualname__', '')}"
@@ -62,34 +56,23 @@ class LossFunction:
         self.origin = (file or self.module, self.qualname)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments of `factory(*args, **kwargs)` by name; none is required.
-
-        Raises:
-            ArgumentError: Too many, unknown, or given twice.
-        """
-        positional = [n for n, p in self._named.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-        if len(args) > len(positional):
-            raise ArgumentError(
-                f"{self.name}() was given {len(args)} positional arguments and takes "
-                f"{listed(positional)} by position. If you compiled with {self.name} itself, call "
-                f"it: loss={self.name}(...)."
-            )
-        bound = dict(zip(positional, args, strict=False))
-        for name in kwargs:
-            if name in bound:
-                raise ArgumentError(
-                    f"{self.name}() was given {name!r} twice: by position "
-                    f"({show(bound[name])}) and by name ({show(kwargs[name])}). Give it once, "
-                    f"{self.name}({name}=...)."
-                )
+        """Return the arguments of `factory(*args, **kwargs)` by name; none is required."""
         self.check_names(kwargs, f"{self.name}() was given")
-        bound |= kwargs
+        try:
+            bound = self.signature.bind_partial(*args, **kwargs).arguments
+        except TypeError as error:
+            raise ArgumentError(
+                f"{self.name}() was given {len(args)} arguments by position and {listed(kwargs)} "
+                f"by name: {error}. It takes {self.signature}. If you compiled with {self.name} "
+                f"itself, call it: loss={self.name}(...)."
+            ) from None
+        for extra in bound.keys() - self._named.keys():  # the dict of `**extra`
+            bound |= bound.pop(extra)
         for name, value in bound.items():
-            factory = function_of(value)
-            if factory is not None:
+            if function := function_of(value):
                 raise ArgumentError(
-                    f"{name!r} of {self.name}() is the factory {factory.name}, not a loss. Call "
-                    f"it: {name}={factory.name}(...)."
+                    f"{name!r} of {self.name}() is the factory {function.name}, not a loss. Call "
+                    f"it: {name}={function.name}(...)."
                 )
         return bound
 
@@ -100,15 +83,12 @@ class LossFunction:
 
     def in_order(self, given: Collection[str]) -> list[str]:
         """Return the names in the order of the function: its parameters, then `**extra`."""
-        named = [name for name in self._named if name in given]
-        return [*named, *(name for name in given if name not in self._named)]
+        return [name for name in dict.fromkeys((*self._named, *given)) if name in given]
 
-    def takes(self, name: str) -> bool:
+    def takes(self, name: object) -> bool:
         """Return whether the function accepts an extra argument of that name."""
-        if name in self._named:
-            return True
-        free = name not in RESERVED and name not in self._first_two
-        return self.takes_any_name and free and isinstance(name, str)
+        is_free = isinstance(name, str) and name not in self._not_extra
+        return name in self._named or (self.takes_any_name and is_free)
 
     def check_names(
         self,
@@ -129,7 +109,7 @@ class LossFunction:
 
     def missing(self, given: Collection[str]) -> list[str]:
         """Return the extra parameters that have no default and are not given."""
-        return [name for name in self._required if name not in given]
+        return [n for n, p in self._named.items() if p.default is p.empty and n not in given]
 
     def _captured(self) -> Iterator[str]:
         """Yield the names of captured variables, attributes and arguments of partials."""
@@ -145,34 +125,26 @@ class LossFunction:
             yield from (n for n, value in held.items() if all(value is not f for f in self._layers))
 
     def refuse_saving(self) -> None:
-        """Raise if a saved loss could not find this function when it is loaded.
-
-        Raises:
-            SavingError: The function is a lambda, captures variables, or was defined again.
-        """
-        remedy = "Write it with `def` at the top of a module"
+        """Raise if a saved loss could not find this function when it is loaded."""
+        is_function = isinstance(self._layers[-1], types.FunctionType)
+        captured = [] if self._is_at_its_place() else list(self._captured())
+        problem = None
         if self.qualname.endswith("<lambda>"):
+            problem = "is a lambda"
+        elif not is_function or isinstance(self.fn, functools.partial):
+            problem = f"is a {type(self.fn).__name__}, not a function"
+        elif captured:
+            problem = f"captures {listed(captured)} from the function around it"
+        if problem:
+            example = _definition(self.name, ", ".join(("y_true", "y_pred", *captured)))
             raise SavingError(
-                f"{self.name} is a lambda, and a loss is saved by the name of its function. "
-                f"{remedy}, under @with_args."
-            )
-        inner = self._layers[-1]
-        if isinstance(self.fn, functools.partial) or not isinstance(inner, types.FunctionType):
-            raise SavingError(
-                f"{self.name} is a {type(self.fn).__name__}, not a function: what it holds "
-                f"would not be saved with the loss. {remedy}, and make what it holds an argument."
-            )
-        captured = list(self._captured())
-        if captured and not self._is_at_its_place():
-            raise SavingError(
-                f"{self.name} captures {listed(captured)} from the function around it, which would "
-                f"not be saved with the loss. {remedy}, and make each an argument: "
-                f"def {self.name}(y_true, y_pred, {', '.join(captured)})."
+                f"{self.name} {problem}. Saved losses hold the name of a function, and "
+                f"nothing that it holds. Write it at the top of a module: {example}."
             )
         if [*map(_source, self._layers)] != [*map(_source, _registry[self.key]._layers)]:
             raise SavingError(
-                f"{self.name} was defined anew, with other code, after this loss was bound. Both "
-                f"have the name {self.key!r}. Bind and compile again with the new one, or give one "
+                f"{self.name} was defined again, with other code, after this loss was bound. Both "
+                f"have the name {self.key!r}. Bind and compile with the new function, or give one "
                 "another name: @with_args(name=...)."
             )
 
@@ -187,7 +159,7 @@ class LossFunction:
         if not self._is_at_its_place():
             raise SavingError(
                 f"{self.name} is not found at {self._place!r}, and functions are pickled by their "
-                "place. Write it with `def` at the top of a module, and decorate it there."
+                "place. Define and decorate it at the top of a module."
             )
         return _unpickled, (self._place, self._given)
 
@@ -195,52 +167,39 @@ class LossFunction:
 def inspected(
     fn: Callable[..., Any], *, name: str | None = None, package: str | None = None
 ) -> LossFunction:
-    """Return the `LossFunction` of a function, and register it for loading.
-
-    Raises:
-        SignatureError: The function has no valid signature, or another one has its name.
-    """
+    """Return the `LossFunction` of a function, and register it for loading."""
     new = LossFunction(fn, name=name, package=package)
-    with _registry_lock:
-        old = _registry.get(new.key)
-        if old is not None and old.fn is fn:
-            return old
-        if old is not None and old.origin != new.origin:
-            raise SignatureError(
-                f"Two different functions are called {new.key!r}: {old.qualname} of "
-                f"{old.origin[0]} and {new.qualname} of {new.origin[0]}. Give one of them another "
-                "name or package: @with_args(name=...) or @with_args(package=...)."
-            )
-        _registry[new.key] = new
+    old = _registry.setdefault(new.key, new)
+    if old.fn is fn:
+        return old
+    if old.origin != new.origin:
+        raise SignatureError(
+            f"Two different functions are called {new.key!r}: {old.qualname} of {old.origin[0]} "
+            f"and {new.qualname} of {new.origin[0]}. Give one another name or package: "
+            "@with_args(name=...) or @with_args(package=...)."
+        )
+    _registry[new.key] = new
     return new
 
 
 def registered(key: str, module: str) -> LossFunction:
-    """Return the function that a saved loss names; `module` defined it when it was saved.
-
-    Raises:
-        SavingError: This process has no function of that name.
-    """
+    """Return the function that a saved loss names; `module` defined it when it was saved."""
     package, _, name = key.partition(">")
-    for custom_name in (key, name):  # from custom_objects={...} of `load_model`
-        custom = keras.saving.get_registered_object(custom_name)
-        if isinstance(custom, types.FunctionType):
-            return inspected(custom)
-        function = function_of(custom)
-        if function is not None:
-            return function
-    if key in _registry:
+    # From custom_objects={...} of `load_model`.
+    fn = next(filter(None, map(keras.saving.get_registered_object, (key, name))), None)
+    if fn is None and key in _registry:
         return _registry[key]
-    if package == "keras.losses":
-        fn: Any = getattr(keras.losses, name, None)
-        is_function = isinstance(fn, types.FunctionType)
-        if is_function and list(inspect.signature(fn).parameters)[:2] == ["y_true", "y_pred"]:
-            return inspected(fn)
+    if fn is None and package == "keras.losses" and name not in NOT_LOSSES:
+        fn = getattr(keras.losses, name, None)
+    if function := function_of(fn):
+        return function
+    if isinstance(fn, types.FunctionType):
+        return inspected(fn)
     raise SavingError(
-        f"The saved loss uses the function {key!r}, which this process does not know. Import the "
-        f"module that gives it to with_args before loading ({module!r} defined it). If it moved, "
-        f"give it its old name, @with_args(package={package!r}, name={name!r}), or load with "
-        f"custom_objects={{{key!r}: ...}}.{nearest(key, _registry)}"
+        f"The saved loss uses the function {key!r}, which this process does not know. Before "
+        f"loading, import the module that gives it to with_args ({module!r} defined it). If it "
+        f"moved, give it its old name, @with_args(package={package!r}, name={name!r}), or load "
+        f"with custom_objects={{{key!r}: ...}}.{nearest(key, _registry)}"
     )
 
 
@@ -260,42 +219,38 @@ def _unpickled(place: str, given: dict[str, str | None]) -> LossFunction:
     return inspected(_function_at(place), **given)
 
 
-def _extra_signature(fn: Any, name: str) -> inspect.Signature:
-    """Return the signature without its first two parameters, or raise."""
-    written = name if name.isidentifier() else "my_loss"
-    example = f"Write `def {written}(y_true, y_pred, shift): ...`"
-    if not callable(fn) or isinstance(fn, (type, keras.losses.Loss)):
-        raise SignatureError(
-            f"with_args() needs a function of (y_true, y_pred, ...) and was given {fn!r}. "
-            f"{example}; of a Keras loss take the function, e.g. keras.losses.huber for Huber."
-        )
+def _definition(name: str, parameters: str) -> str:
+    return f"`def {name if name.isidentifier() else 'my_loss'}({parameters}): ...`"
+
+
+def _checked_signature(fn: Any, name: str) -> inspect.Signature:
+    """Return the signature of a function that can be a loss with extra arguments, or raise."""
+    example = _definition(name, "y_true, y_pred, shift")
     try:
+        if isinstance(fn, (type, keras.losses.Loss)) or function_of(fn):
+            raise TypeError("it is not a function")
         signature = inspect.signature(fn)
     except (ValueError, TypeError) as error:
-        raise SignatureError(f"{name} does not tell its signature: {error}. {example}.") from error
+        raise SignatureError(
+            f"with_args() needs a function of (y_true, y_pred, ...) and was given {fn!r}: {error}. "
+            f"Write {example}. For a Keras loss pass its function, e.g. keras.losses.huber."
+        ) from error
     parameters = list(signature.parameters.values())
-    extra = parameters[2:]
-    if parameters and parameters[0].name == "self":
-        raise SignatureError(
-            f"{name}{signature} is a method, and Keras calls a loss without an object. {example}."
-        )
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    if len(parameters) < 2 or any(p.kind not in by_position for p in parameters[:2]):
+    are_two = [p.kind in by_position and p.name != "self" for p in parameters[:2]] == [True, True]
+    if not are_two:
         raise SignatureError(
-            f"{name}{signature} cannot be called as {name}(y_true, y_pred), as Keras does. "
-            f"{example}; a decorator on it should use functools.wraps."
+            f"{name}{signature} cannot be called as {name}(y_true, y_pred), as Keras does. Write "
+            f"{example}. A decorator on it should use functools.wraps."
         )
-    for parameter in extra:
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
+    for extra in parameters[2:]:
+        is_named = extra.kind not in (extra.POSITIONAL_ONLY, extra.VAR_POSITIONAL)
+        if not is_named or extra.name in RESERVED:
             raise SignatureError(
-                f"{name}{signature}: {parameter.name!r} has no name to be given by. {example}."
+                f"{name}{signature} cannot have the extra parameter {extra.name!r}. Extra "
+                f"arguments have names, and {listed(RESERVED)} are those of Keras. Write {example}."
             )
-        if parameter.name in RESERVED:
-            raise SignatureError(
-                f"{name}{signature}: {parameter.name!r} is what Keras itself passes to a loss. "
-                f"Rename it, e.g. {parameter.name}_2."
-            )
-    return signature.replace(parameters=extra, return_annotation=inspect.Signature.empty)
+    return signature
 
 
 def _layers(fn: Any) -> tuple[Any, ...]:

@@ -18,17 +18,13 @@ from lossargs._values import is_live, is_live_loss, show, without_ml_dtypes
 
 _PLAIN = (type(None), bool, int, float, str)  # JSON keeps them exactly
 
+NOT_LOSSES = ("get", "serialize", "deserialize")  # functions beside those of keras.losses
+
 
 def encode(value: Any, where: str, encode_live: Callable[[Any], Any] | None = None) -> Any:
-    """Return the value as JSON that keeps it exactly, for `decode`.
+    """Return the value as JSON for `decode`; `encode_live` returns a Keras object for a live one.
 
-    Keras's own encoding loses the shape of empty arrays, tuples, and the keys of a dict that are
-    not strings.
-
-    `encode_live` returns the object of Keras that is serialized for a live value.
-
-    Raises:
-        SavingError: The value cannot be loaded exactly, or is live and `encode_live` is missing.
+    Keras's own encoding loses tuples, shapes of empty arrays, and keys that are not strings.
     """
     if type(value) in _PLAIN:
         return value
@@ -61,16 +57,15 @@ def encode(value: Any, where: str, encode_live: Callable[[Any], Any] | None = No
     except Exception as error:
         raise SavingError(
             f"{where} is {value!r}, which Keras does not save and load as it is: {error}. Give a "
-            "plain value or a bound loss, with_args(keras.losses.huber)(). Or define `__eq__`, and "
+            "plain value or with_args(keras.losses.huber)(). Or define `__eq__`, and "
             "register its class or function with @keras.saving.register_keras_serializable()."
         ) from error
 
 
 def _encode_object(value: Any) -> dict[str, Any]:
     """Serialize a function or an object, and check that it loads as an equal one."""
-    config: dict[str, Any] = {"kind": "function"}
     if isinstance(value, types.FunctionType):
-        config["name"] = keras.saving.get_registered_name(value)
+        config = {"kind": "function", "name": keras.saving.get_registered_name(value)}
     else:
         config = {"kind": "keras", "object": keras.saving.serialize_keras_object(value)}
     if not is_live_loss(value):  # it would come back with other variables
@@ -82,11 +77,7 @@ def _encode_object(value: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Convert the exceptions that a damaged or hostile file causes.
-
-    Raises:
-        SavingError: The code inside raised an exception that is not of lossargs.
-    """
+    """Convert the exceptions that a damaged or hostile file causes to a `SavingError`."""
     try:
         yield
     except LossArgsError:
@@ -113,13 +104,7 @@ def checked(config: Any, name: str, *kinds: type) -> Any:
 
 
 def decode(config: Any, decode_live: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-    """Return the value that `encode` wrote.
-
-    `decode_live` returns the live value for the serialized object of `encode_live`.
-
-    Raises:
-        SavingError: The config is damaged, or has a live value and `decode_live` is missing.
-    """
+    """Return the value that `encode` wrote; `decode_live` returns a live value for its object."""
     with reading("A saved value"):
         return _decode(config, decode_live)
 
@@ -170,7 +155,7 @@ def _decode_array(data: bytes) -> np.ndarray[Any, Any]:
 def _find_function(name: str) -> Any:
     """Return a function that is registered, or an activation or loss of Keras."""
     found = keras.saving.get_registered_object(name)
-    if found is None and name not in ("get", "serialize", "deserialize"):
+    if found is None and name not in NOT_LOSSES:
         found = getattr(keras.activations, name, None) or getattr(keras.losses, name, None)
     if not isinstance(found, types.FunctionType):
         raise TypeError(f"it names the function {name!r}, which is not registered")
@@ -180,12 +165,8 @@ def _find_function(name: str) -> Any:
 def load_object(config: Any, *kinds: type) -> Any:
     """Return the object of one of these classes that a config of Keras describes.
 
-    Keras itself imports the modules that a config names, and makes an object of any class. This
-    function finds the class first. With `object`, any class that defines equality will do. An
-    object in place of the config gives another one like it.
-
-    Raises:
-        ValueError: The config names another class.
+    Keras imports the modules that a config names, so this function finds the class first. With
+    `object`, any class that defines equality is allowed. An object returns another one like it.
     """
     if not isinstance(config, dict):
         config = keras.saving.serialize_keras_object(config)
@@ -199,8 +180,7 @@ def load_object(config: Any, *kinds: type) -> Any:
     wanted = " or ".join(kind.__name__ for kind in kinds)
     if not right or (kinds == (object,) and cls.__eq__ is object.__eq__):
         raise ValueError(
-            f"it names {name!r} of {module!r}, which is no {wanted} that this process knows; "
-            "lossargs never imports what a file names"
+            f"it names {name!r} of {module!r}, which is no {wanted} that this process knows"
         )
     loaded = keras.saving.deserialize_keras_object(config)
     if not isinstance(loaded, kinds):  # Keras has another object under this id

@@ -21,14 +21,7 @@ _NO_NUMBERS = "SUMm"  # kinds of dtypes: text, dates and times
 _USER_DEFINED = 2  # `dtype.isbuiltin` of a dtype of ml_dtypes, e.g. bfloat16
 
 # They hold variables or are used up. A constant is read once, when the step is traced.
-_REFUSED = {
-    "a layer": keras.Layer,
-    "a metric": keras.Metric,
-    "an optimizer": keras.Optimizer,
-    "a seed generator": keras.random.SeedGenerator,
-    "an iterator": Iterator,
-}
-
+_HOLDERS = (keras.Layer, keras.Metric, keras.Optimizer, keras.random.SeedGenerator, Iterator)
 _VARIABLES = ("tensorflow Variable", "torch Parameter", "flax Variable")
 
 # Types whose values change between steps; `lossargs.Adapter` adds to them.
@@ -43,12 +36,10 @@ class Slot:
     index: int
 
     def get_config(self) -> dict[str, int]:
-        """Return the config for Keras."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_config(cls, config: dict[str, int]) -> Self:
-        """Make a slot from its config."""
         return cls(**config)
 
 
@@ -66,28 +57,21 @@ def live_leaves(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield the live values in a bound value, each with its place: `""`, `"_0"`, `"_key"`."""
     if is_live(value):
         yield "", value
-    elif isinstance(value, dict):
-        for key, item in value.items():
+    elif isinstance(value, dict) or type(value) in (list, tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
             yield from ((f"_{key}{place}", leaf) for place, leaf in live_leaves(item))
-    elif type(value) in (list, tuple):
-        for number, item in enumerate(value):
-            yield from ((f"_{number}{place}", leaf) for place, leaf in live_leaves(item))
 
 
 def rebuilt(
     value: Any, convert: Callable[[Any], Any], where: str = "A value", depth: int = 0
 ) -> Any:
-    """Return the value in new containers, with each leaf and each key converted.
-
-    Raises:
-        ArgumentError: The value is nested too deep, or contains itself.
-    """
+    """Return the value in new containers, with each leaf and each key converted."""
     if not isinstance(value, (dict, list)) and type(value) is not tuple:
         return convert(value)
     if depth > _DEEPEST:
         raise ArgumentError(
-            f"{where} has more than {_DEEPEST} lists, tuples and dicts in one another, or one that "
-            "contains itself. Give a flatter value."
+            f"{where} is nested more than {_DEEPEST} deep, or in itself. Give a flatter value."
         )
     if isinstance(value, dict):
         return {convert(k): rebuilt(v, convert, where, depth + 1) for k, v in value.items()}
@@ -96,10 +80,7 @@ def rebuilt(
 
 
 def take(value: Any, where: str) -> Any:
-    """Return a copy of a value that the user binds for `where`; live values are not copied.
-
-    Numbers of NumPy become numbers of Python, which adapt to the dtype of a tensor. Tensors become
-    arrays.
+    """Return a copy of a bound value: scalars as Python's, tensors as arrays, live values as such.
 
     Raises:
         ArgumentError: The value is neither live nor a constant.
@@ -110,10 +91,9 @@ def take(value: Any, where: str) -> Any:
 def _take_leaf(value: Any, where: str) -> Any:
     if type(value) in _ATOMS or is_live(value):
         return value
-    kind = _refused_kind(value)
-    if kind is not None:
+    if kind := _changing_kind(value):
         raise ArgumentError(
-            f"{where} is {kind}: bound as a constant, it would keep its current value in the "
+            f"{where} is a {kind}: bound as a constant, it would keep its current value in the "
             "compiled step. Give a keras.Variable. Or give the value with the batch, "
             "fit(..., sample_weight={name: values}), or at the call, loss(y_true, y_pred, name=...)"
         )
@@ -157,11 +137,7 @@ def _check_parts(value: Any, where: str) -> None:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """Return a scalar of NumPy as one of Python, and anything else as an array of NumPy's dtypes.
-
-    Raises:
-        ArgumentError: The array has a mask, or a dtype that Keras does not know.
-    """
+    """Return a scalar of NumPy as one of Python, and others as an array of NumPy's dtypes."""
     if isinstance(value, (np.str_, np.bytes_)):
         return value[:]  # arrays drop zeros at the end
     array = np.asanyarray(value)
@@ -204,74 +180,55 @@ def _array_of_tensor(value: Any, where: str) -> np.ndarray[Any, Any]:
     return array
 
 
-def _refused_kind(value: Any) -> str | None:
-    """Return the kind of a value that cannot be bound, or `None`."""
-    kinds = [kind for kind, cls in _REFUSED.items() if isinstance(value, cls)]
-    if getattr(value, "requires_grad", False):
-        kinds = ["a torch tensor that requires a gradient"]
-    of_backends = (f"{c.__module__.partition('.')[0]} {c.__name__}" for c in type(value).__mro__)
-    kinds += [f"a {kind}" for kind in of_backends if kind in _VARIABLES]
-    return kinds[-1] if kinds else None
+def _changing_kind(value: Any) -> str | None:
+    """Return the kind of a value that changes between steps and cannot be bound, or `None`."""
+    if isinstance(value, _HOLDERS):
+        return type(value).__name__
+    if getattr(value, "requires_grad", False) and type(value).__name__ != "Parameter":
+        return "torch tensor that requires a gradient"
+    kinds = (f"{c.__module__.partition('.')[0]} {c.__name__}" for c in type(value).__mro__)
+    return next((kind for kind in kinds if kind in _VARIABLES), None)
 
 
 def hand_on(value: Any, dtype: str, where: str) -> Any:
-    """Return the value for the user's function, the same on every backend.
-
-    Arrays and tensors become tensors. Those of floats have `dtype`, as `y_true` and `y_pred` have;
-    those of bool and integers keep theirs. Scalars of NumPy become numbers of Python. Containers
-    are new: the function may change them.
-
-    Raises:
-        ArgumentError: The backend has no tensor for an array.
-    """
+    """Return the value for the user's function: arrays as tensors, those of floats of `dtype`."""
 
     def convert(leaf: Any) -> Any:
         if type(leaf) in _ATOMS:
             return leaf
-        if isinstance(leaf, keras.Variable):
-            leaf = leaf.value
         if isinstance(leaf, (np.ndarray, np.generic)):
             leaf = _plain(leaf, repr(where))
-            is_numbers = isinstance(leaf, np.ndarray) and leaf.dtype.kind not in _NO_NUMBERS
-            return _as_tensor(leaf, dtype, where) if is_numbers else leaf
-        if keras.ops.is_tensor(leaf):
-            own = keras.backend.standardize_dtype(leaf.dtype)
-            cast = own != dtype and keras.backend.is_float_dtype(own)
-            return keras.ops.convert_to_tensor(leaf, dtype=dtype if cast else None)
-        return leaf
+            if not isinstance(leaf, np.ndarray) or leaf.dtype.kind in _NO_NUMBERS:
+                return leaf
+        elif not isinstance(leaf, keras.Variable) and not keras.ops.is_tensor(leaf):
+            return leaf
+        own = keras.backend.standardize_dtype(leaf.dtype)
+        try:
+            is_float = keras.backend.is_float_dtype(own)
+            return keras.ops.convert_to_tensor(leaf, dtype=dtype if is_float else None)
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(
+                f"{where!r} is an array of {own}, of which {keras.backend.backend()} has no "
+                "tensors. Give it another dtype, e.g. `array.astype('int64')`."
+            ) from error
 
     return rebuilt(value, convert, repr(where))
 
 
-def _as_tensor(array: np.ndarray[Any, Any], dtype: str, where: str) -> Any:
-    try:
-        # Without a dtype, Keras's NumPy backend converts float64 to float32.
-        return keras.ops.convert_to_tensor(array, dtype=dtype if array.dtype.kind == "f" else None)
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(
-            f"{where!r} is an array of {array.dtype}, of which {keras.backend.backend()} has no "
-            "tensors. Give it another dtype, e.g. `array.astype('int64')`."
-        ) from error
-
-
-def _readonly(leaf: Any) -> Any:
-    if isinstance(leaf, np.ndarray):
-        leaf = leaf.view()
-        leaf.flags.writeable = False
-    return leaf
-
-
 def exhibit(value: Any) -> Any:
     """Return the value for `loss.args`: new containers, read-only arrays."""
-    return rebuilt(value, _readonly)
+
+    def readonly(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray):
+            leaf = leaf.view()
+            leaf.flags.writeable = False
+        return leaf
+
+    return rebuilt(value, readonly)
 
 
 def identity(value: Any) -> Hashable:
-    """Return a key of a bound value that is equal for two values only if they compute the same.
-
-    1, 1.0 and True differ, 0.0 and -0.0 differ, dicts in another order differ, and NaN equals
-    itself. Objects are equal if their class says so and `pickle` writes the same for both.
-    """
+    """Return a key of a bound value that is equal for two values only if they compute the same."""
     cls: Any = type(value)
     if cls in (float, complex):
         return cls, repr(value)
@@ -292,15 +249,10 @@ def identity(value: Any) -> Hashable:
 
 def describe_lists(args: Mapping[str, Any]) -> str:
     """Return a sentence about the arguments that are lists or tuples of numbers, or `""`."""
-    kinds = [f"`{n}` is a {type(v).__name__}" for n, v in args.items() if _is_list_of_numbers(v)]
-    if not kinds:
-        return ""
-    return f"{', '.join(kinds)}; if the function needs an array, bind `numpy.array(...)`."
-
-
-def _is_list_of_numbers(value: Any) -> bool:
-    is_list = isinstance(value, (list, tuple)) and len(value) > 0
-    return is_list and all(isinstance(v, Number) or _is_list_of_numbers(v) for v in value)
+    lists = {n: keras.tree.flatten(v) for n, v in args.items() if isinstance(v, (list, tuple))}
+    numbers = [n for n, v in lists.items() if v and all(isinstance(one, Number) for one in v)]
+    kinds = ", ".join(f"`{n}` is a {type(args[n]).__name__}" for n in numbers)
+    return kinds and f"{kinds}; if the function needs an array, bind `numpy.array(...)`."
 
 
 def show(value: Any) -> str:
