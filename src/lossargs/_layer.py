@@ -291,7 +291,10 @@ class LossArgs(keras.Layer):
         values = StepValues(self._reference, read, given, step)
         if step is None or not step.keeps_state:
             # In a user's own loop, the loss may be evaluated where variables cannot be assigned.
-            values.compute(training=called_for_training(self))
+            training = called_for_training(self)
+            values.compute(training=training)
+            if training:
+                values.finish_step()
         return set_step_values(y_pred, values)
 
     def compute_output_spec(
@@ -344,8 +347,11 @@ class LossArgs(keras.Layer):
                 f"self.loss_args(y_pred, {names[0]}=...)."
             )
 
-    def log(self, values: StepValues, call: Any, y_true: Any, y_pred: Any) -> None:
-        """Log the live scalars and the tracked losses of a step; called by the loss."""
+    def finish_step(self, values: StepValues, call: Any, y_true: Any, y_pred: Any) -> None:
+        """Log the live scalars and the tracked losses, and let the adapters go on.
+
+        The loss calls this when it was evaluated.
+        """
         if call.step is None or not variables_can_be_assigned():
             return
         for metric, place in self._plan.logged:
@@ -357,6 +363,8 @@ class LossArgs(keras.Layer):
             shape: Any = keras.ops.shape(y_pred)
             size = shape[0] if len(y_pred.shape) else None
             metric.update_state(keras.ops.stop_gradient(value), sample_weight=size)
+        if call.step.training and call.step.keeps_state:
+            values.finish_step()
 
     def _prepare_once(self, step: Step) -> None:
         # TensorFlow and JAX run this code only in traces.

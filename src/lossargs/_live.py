@@ -121,6 +121,9 @@ class Adapter(keras.Layer):
             f"{type(self).__name__} has to say in `value` what the loss gets."
         )
 
+    def finish_step(self, tensor: Any) -> None:
+        """Go on to the next step, after the loss of a training step was evaluated."""
+
     @classmethod
     def of(cls, value: Any) -> "Adapter":
         """Return the adapter of a value of the type that this class adapts."""
@@ -316,10 +319,11 @@ class ScheduleAdapter(Adapter):
     def read(self, tensor: Any) -> Any:  # noqa: ARG002
         return self.step.value
 
-    def value(self, tensor: Any, training: bool) -> Any:
-        if training:
-            self.step.assign(tensor + 1)
+    def value(self, tensor: Any, training: bool) -> Any:  # noqa: ARG002
         return keras.ops.convert_to_tensor(self.schedule(tensor))
+
+    def finish_step(self, tensor: Any) -> None:
+        self.step.assign(tensor + 1)
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
@@ -394,7 +398,7 @@ class StepValues:
         return self.args[weakref.ref(loss)]
 
     def compute(self, *, training: bool) -> None:
-        """Compute the values of this step, and let the adapters go on to the next one."""
+        """Compute the values of this step."""
         layer = self.layer()
         pairs = zip(layer.adapters, self.read, strict=True)
         with ReadScope(copies=True):
@@ -408,6 +412,11 @@ class StepValues:
             given = {name: one for name, one in self.given.items() if loss.takes(name)}
             live = {name: rebuilt(tree, value) for name, tree in trees.items()}
             self.args[weakref.ref(loss)] = {**given, **live}
+
+    def finish_step(self) -> None:
+        """Let the adapters go on to the next step."""
+        for adapter, one in zip(self.layer().adapters, self.read, strict=True):
+            adapter.finish_step(one)
 
 
 def set_step_values(y_pred: Any, step_values: StepValues) -> Any:

@@ -161,7 +161,7 @@ class BoundLoss(keras.losses.Loss):
             for values in call.values:
                 layer = values.layer()
                 if layer is not None and layer.loss is self:
-                    layer.log(values, call, y_true, y_pred)
+                    layer.finish_step(values, call, y_true, y_pred)
         except Exception:
             give_variables_back()
             raise
