@@ -36,7 +36,6 @@ EXAMPLES = (
     "native_loops",
 )
 BENCH_RESULTS = Path("benchmarks/results")
-TEST_RESULTS = Path("build/tests")
 EXAMPLE_RESULTS = Path("build/examples")
 SHIFTS = (10, 5)
 # Appended to the README's first example, to see that it trains, and where it comes from.
@@ -103,11 +102,6 @@ def groups(backend: str) -> list[str]:
     """What the tests on a backend need."""
     # Keras exports from PyTorch by ONNX.
     return [backend, "test", "examples", "company", *(["onnx"] if backend == "torch" else [])]
-
-
-def recorded(run: str, backend: str) -> list[str]:
-    """Options of pytest that show what is slow, and keep what passed, for `nox -s promises`."""
-    return ["--durations=5", f"--junitxml={TEST_RESULTS / f'{run}-{backend}.xml'}"]
 
 
 @nox.session(tags=["check"])
@@ -191,7 +185,7 @@ def build(session: nox.Session) -> None:
 def tests(session: nox.Session, backend: str) -> None:
     """Run the tests, with the examples of README and docstrings, on one backend."""
     install(session, *groups(backend))
-    arguments = session.posargs or [*PARALLEL, "-m", QUICK, *recorded("tests", backend)]
+    arguments = session.posargs or [*PARALLEL, "-m", QUICK, "--durations=5"]
     session.run("coverage", "run", "-m", "pytest", *arguments, env=environment(backend))
 
 
@@ -200,7 +194,7 @@ def tests(session: nox.Session, backend: str) -> None:
 def distributed(session: nox.Session, backend: str) -> None:
     """Test training on several devices and in several processes, with crashes, in minutes."""
     install(session, backend, "test", "examples")
-    arguments = session.posargs or ["-m", "distributed", *recorded("distributed", backend)]
+    arguments = session.posargs or ["-m", "distributed", "--durations=5"]
     session.run("pytest", *arguments, env=environment(backend))
 
 
@@ -210,15 +204,9 @@ def nightly(session: nox.Session, backend: str) -> None:
     """Test for minutes: 10,000 generated cases, killed runs, 20,000 steps, hundreds of models."""
     install(session, *groups(backend))
     variables = {**environment(backend), "HYPOTHESIS_PROFILE": "nightly"}
-    chosen = ["-m", "nightly or properties", *recorded("nightly", backend)]
+    chosen = ["-m", "nightly or properties", "--durations=5"]
     arguments = session.posargs or [*PARALLEL, *chosen]
     session.run("pytest", *arguments, env=variables)
-
-
-@nox.session(default=False)
-def promises(session: nox.Session) -> None:
-    """Write how many tests passed in the last runs into the page of promises."""
-    session.run("python", "tests/promises.py", str(TEST_RESULTS))
 
 
 @nox.session

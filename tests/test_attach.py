@@ -34,7 +34,7 @@ def same_predictions(one, other, data):
 def test_functional_model(data):
     model = functional()
     attached = attach(model, losses.shifted(variable()))
-    assert type(attached) is type(model)
+    assert isinstance(attached, type(model))
     assert attached.name == "network"
     assert attached.get_layer("a") is model.get_layer("a")
     assert attached.count_params() == model.count_params() + 1
@@ -63,7 +63,7 @@ def test_sequential_model_without_an_input(data):
 def test_sequential_model_whose_loss_reads_tensors(data):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), keras.layers.Dense(2)])
     attached = attach(model, losses.described(what=model.layers[0].output))
-    assert type(attached) is type(functional())
+    assert isinstance(attached, type(functional()))
     same_predictions(attached, model, data)
     with pytest.raises(AttachError, match="Make it one first, keras.Model"):
         attach(keras.Sequential([keras.layers.Dense(2)]), losses.described(what=keras.Input(())))

@@ -326,7 +326,7 @@ def test_losses_deep_in_one_another(good_loss, watched):
 
 
 # Parts of the config of a model of several outputs.
-ENDS = [["nobody", 0, 0], ["a", 7, 0], ["a", -1, 0], ["a", "x", 0], ["a", 0, 9]]
+ENDS = [["nobody", 0, 0], ["a", 7, 0], ["a", "x", 0], ["a", 0, 9]]
 MODEL = {
     "layers": [MISSING, "abc", {"a": 1}, []],
     "name": [MISSING, {"a": 1}],

@@ -135,7 +135,7 @@ def test_own_parts():
     assert logs(compiled(attach(detached, loss), loss))["shift"] == 4
 
 
-@pytest.mark.parametrize("name", ["trainable", "supports_jit", "autocast"])
+@pytest.mark.parametrize("name", ["supports_jit", "autocast"])
 def test_own_flags(name):
     model = functional(Own)
     setattr(model, name, False)

@@ -192,7 +192,7 @@ def test_tensor_attributes():
 
 
 @private(
-    "jax_state_sync _jax_state",
+    "jax_state_sync _jax_state _jax_state_synced",
     "to read and assign variables in the callbacks of an epoch on JAX",
     "backend/jax/trainer.py",
 )
@@ -215,6 +215,7 @@ def test_variables_in_an_epoch():
             assert model._jax_state
             model.jax_state_sync()  # as `self.model` does
             assert bias._value is not None
+            assert model._jax_state_synced
             synced.append(float(bias.value[0]))
             bias.assign([10.0])
 
@@ -535,7 +536,7 @@ def test_failure_says_what_to_do():
         assert part in str(error.value)
 
 
-OURS = {"_is_tensorflow", "_models", "_sync"}  # attributes that `_keras` itself adds
+OURS = {"_backend", "_copies", "_models", "_sync"}  # attributes that `_keras` itself adds
 # Functions and dicts that take a name of Keras.
 ASKING = {"_method_calls", "_code_of", "get_global_attribute", "getattr", "f_locals"}
 

@@ -120,20 +120,6 @@ def test_every_page_is_reached():
     assert sorted(reached) == sorted(str(path.relative_to(docs)) for path in docs.rglob("*.md"))
 
 
-def test_every_promise_tells_what_shows_it():
-    """`nox -s promises` writes the table, after whole runs."""
-    from promises import PROMISES
-
-    for promise, files in PROMISES.items():
-        (row,) = [
-            line for line in page("promises.md").splitlines() if line.startswith(f"| {promise} |")
-        ]
-        assert all(file == "documents" or f"[{file}](" in row for file in files)
-        assert re.search(r"\| \d", row) or files == ["test_gpu"], row  # where there is none
-    tested = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
-    assert tested == {file for files in PROMISES.values() for file in files} - {"documents"}
-
-
 def test_every_picture_is_named():
     text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md"))
     for picture in (ROOT / "docs").glob("*.png"):

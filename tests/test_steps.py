@@ -168,7 +168,7 @@ class Held(Adapter):
         return old
 
 
-HOW = [lambda v: v + 0.0, lambda v: v.value, ops.convert_to_tensor]
+HOW = [lambda v: v + 0.0, lambda v: v.value]
 HELD = [functools.partial(Held, how) for how in HOW]
 
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any, assert_type
 
 from lossargs import with_args
-from lossargs._loss import BoundLoss
 from lossargs._factory import LossFactory
+from lossargs._loss import BoundLoss
 
 
 @with_args

@@ -423,7 +423,7 @@ def copy_own_state(model: Any, new: Any, base: type) -> None:
     given = {**vars(model), **getattr(model, "_modules", {})}
     for name in [name for name in given if name not in _names_that_keras_sets(base)]:
         setattr(new, name, given[name])
-    for name in ("_trainable", "autocast", "dtype_policy", "supports_jit"):
+    for name in ("autocast", "dtype_policy", "supports_jit"):
         setattr(new, name, getattr(model, name))
 
 
