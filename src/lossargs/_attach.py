@@ -1,6 +1,5 @@
 """`attach` and `detach`: the layer of live arguments put into a model, and taken out again."""
 
-import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -18,11 +17,12 @@ from lossargs._keras import (
     own_variables,
 )
 from lossargs._layer import LossArgs, check_is_bound, layers_of, names_of
-from lossargs._live import Adapter
+from lossargs._live import Adapter, Untracked
 from lossargs._loss import BoundLoss
 from lossargs._serialization import reading
 
 Target = TypeVar("Target")
+_KEPT = "_lossargs_kept"
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
@@ -123,8 +123,7 @@ def detach(model: keras.Model) -> keras.Model:
         return model
     if isinstance(model, keras.Sequential):
         layers = [layer for layer in model.layers if not isinstance(layer, LossArgs)]
-        detached = _sequential(model, layers)
-        return _without_inner(detached, model)
+        return _detached(model, _sequential(model, layers))
     if not isinstance(model, Functional):
         raise AttachError(
             f"detach() cannot take the layer out of {_described(model)}, whose outputs are what "
@@ -134,11 +133,10 @@ def detach(model: keras.Model) -> keras.Model:
     outputs = keras.tree.map_structure(lambda y: undifferentiated(_before(y)), model.output)
     used, _ = above(keras.tree.flatten(outputs))
     dropped = _inputs_of_losses(model) - used.keys()
-    detached = _functional(model, _without(model.input, dropped), outputs)
-    return _without_inner(detached, model)
+    return _detached(model, _functional(model, _without(model.input, dropped), outputs))
 
 
-def _without_inner(detached: Any, model: Any) -> Any:
+def _detached(model: Any, detached: Any) -> Any:
     if layers_of(detached):
         inner = [layer.name for layer in detached.layers if layers_of(layer)]
         raise AttachError(
@@ -165,32 +163,22 @@ def _without(inputs: Any, dropped: Collection[int]) -> Any:
     """Return the inputs of a model but for some."""
     if isinstance(inputs, dict):
         return {name: tensor for name, tensor in inputs.items() if id(tensor) not in dropped}
-    if isinstance(inputs, (list, tuple)) and dropped:
-        kept = [tensor for tensor in keras.tree.flatten(inputs) if id(tensor) not in dropped]
-        return kept[0] if len(kept) == 1 else kept
-    return inputs
-
-
-@dataclasses.dataclass(frozen=True)
-class _Kept:
-    """The adapters of a model that was detached, for the next `attach`; Keras does not see them."""
-
-    adapters: dict[Any, Adapter]
-
-
-_KEPT = "_lossargs_kept"
+    if not dropped:
+        return inputs
+    kept = [tensor for tensor in keras.tree.flatten(inputs) if id(tensor) not in dropped]
+    return kept[0] if len(kept) == 1 else kept
 
 
 def _remember(model: Any, adapters: dict[Any, Adapter]) -> Any:
-    setattr(model, _KEPT, _Kept(adapters))
+    """Return the model, which keeps these adapters for the next `attach`."""
+    setattr(model, _KEPT, Untracked(adapters))
     return model
 
 
 def _kept_by(model: Any) -> dict[Any, Adapter]:
-    """Return what the losses of a model keep, now or before it was detached."""
-    kept = getattr(model, _KEPT, None)
-    now = {k: a for layer in layers_of(model) for k, a in layer.adapters_by_key().items()}
-    return {**(kept.adapters if kept else {}), **now}
+    """Return the adapters of the losses of a model, and those that it keeps, by their values."""
+    kept: dict[Any, Adapter] = getattr(model, _KEPT, Untracked({})).value
+    return kept | {k: a for one in layers_of(model) for k, a in one.adapters_by_key().items()}
 
 
 def live_args(model: keras.Model) -> dict[str, keras.Variable]:
@@ -329,37 +317,29 @@ def _attach_functional(model: Any, loss: Any, track: Any) -> Any:
             for tensor in extra:
                 tensor.name = origin(tensor)[0].name  # the key, also when the model is loaded
             inputs = {**inputs, **{tensor.name: tensor for tensor in extra}}
-        elif isinstance(inputs, (list, tuple)):
-            inputs = [*inputs, *extra]
         else:
-            inputs = [inputs, *extra]
+            inputs = [*(inputs if isinstance(inputs, (list, tuple)) else [inputs]), *extra]
     attached = _functional(model, inputs, outputs)
     if list(attached.output_names) != list(model.output_names):
         attached.output_names = list(model.output_names)
-        if isinstance(outputs, (list, tuple)):
-            _refuse_saving(
-                layers,
+        for layer in layers if isinstance(outputs, (list, tuple)) else []:
+            layer.unsaved = (
                 "its outputs are a list, whose names a model of its class would lose. Give it a "
-                "dict of outputs, keras.Model(inputs, {name: output}).",
+                "dict of outputs, keras.Model(inputs, {name: output})."
             )
-    _refuse_own_weights(attached, layers)
+    _refuse_saving_own_weights(attached, layers)
     return _remember(attached, _kept_by(model))
 
 
-def _refuse_saving(layers: list[LossArgs], reason: str) -> None:
-    for layer in layers:
-        layer.unsaved = reason
-
-
-def _refuse_own_weights(model: Any, layers: list[LossArgs]) -> None:
+def _refuse_saving_own_weights(model: Any, layers: list[LossArgs]) -> None:
     own = {id(variable) for variable in own_variables(model)}
-    for one in (one for layer in layers for one in layer.live):
-        if id(one.adapter.variable) in own:
-            _refuse_saving(
-                layers,
-                f"{one.label!r} is a weight of the model itself, and would load as two variables. "
-                "Make it a weight of a layer.",
-            )
+    for layer in layers:
+        for one in layer.live:
+            if id(one.adapter.variable) in own:
+                layer.unsaved = (
+                    f"{one.label!r} is a weight of the model itself, and would load as two "
+                    "variables. Make it a weight of a layer."
+                )
 
 
 def _refuse_inputs_of_layers(one: Any, sources: dict[int, Any], model: Any) -> None:
@@ -405,7 +385,7 @@ def _attach_sequential(model: Any, loss: Any, track: Any) -> Any:
         names_of([layer], by_layer=False)
         layer.note_weights_of(layers)
         attached = _sequential(model, [*layers, layer])
-        _refuse_own_weights(attached, [layer])
+        _refuse_saving_own_weights(attached, [layer])
         return _remember(attached, kept)
     if type(model) is not keras.Sequential or not model.built:
         raise AttachError(
@@ -414,8 +394,7 @@ def _attach_sequential(model: Any, loss: Any, track: Any) -> Any:
         )
     functional = Functional(model.inputs[0], model.outputs[0], name=model.name)
     copy_own_state(model, functional, keras.Sequential)
-    setattr(functional, _KEPT, _Kept(kept))
-    return _attach_functional(functional, loss, track)
+    return _attach_functional(_remember(functional, kept), loss, track)
 
 
 def _sequential(model: Any, layers: list[Any]) -> Any:

@@ -41,34 +41,19 @@ SAMPLE_WEIGHT = "sample_weight"  # the batch entry that is the ordinary sample w
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A call of a bound loss.
-
-    Attributes:
-        loss: The loss.
-        weight: The weights of the samples, if any.
-        extra: The arguments of the call, by name.
-        batch: The entries of the batch, by name.
-        values: What came with the predictions.
-        step: The step that is running, or `None` in a user's own loop.
-        reduction: How the losses of the samples are reduced.
-    """
+    """A call of a bound loss."""
 
     loss: Any
-    weight: Any
-    extra: Mapping[str, Any]
-    batch: Mapping[str, Any]
-    values: Sequence[StepValues]
-    step: Step | None
-    reduction: Any
+    weight: Any  # of the samples, or `None`
+    extra: Mapping[str, Any]  # arguments of the call, by name
+    batch: Mapping[str, Any]  # arguments in the batch, by name
+    values: Sequence[StepValues]  # came with the predictions
+    step: Step | None  # that is running; `None` in a user's own loop
+    reduction: Any  # of the losses of the samples
 
     @classmethod
     def of(cls, loss: Any, y_pred: Any, sample_weight: Any, extra: Mapping[str, Any]) -> "Call":
-        """Return the call of a loss with what a user or Keras gives it.
-
-        Raises:
-            AttachError: The loss has live arguments and is a metric.
-            BatchError: An entry of the batch would be used wrongly, or not at all.
-        """
+        """Return the call of a loss with what a user or Keras gives it."""
         batch, weight = _split(loss, sample_weight)
         is_symbolic = in_symbolic_scope()
         # TensorFlow runs this code only in a trace, the others build the model first.
@@ -88,14 +73,7 @@ class Call:
         return dataclasses.replace(self, loss=loss, **changes)
 
     def evaluate(self, y_true: Any, y_pred: Any) -> Any:
-        """Return the loss of a batch.
-
-        Raises:
-            ArgumentError: An argument is missing or unknown, or the function reads a variable that
-                it was not given.
-            AttachError: A live argument has no value.
-            BatchError: An entry of the batch, or a sample weight, would be used wrongly.
-        """
+        """Return the loss of a batch, and check what the function reads."""
         # TensorFlow and JAX run this code only in traces.
         is_torch = keras.backend.backend() == "torch"
         if self.model is None or (is_torch and self.model in self.loss.checked_models):
@@ -329,12 +307,7 @@ class _InnerLoss(keras.losses.Loss):
 
 
 def build(call: Call, y_true: Any, y_pred: Any) -> Any:
-    """Check a model before its first step, in which Keras computes the loss of stand-ins.
-
-    Raises:
-        AttachError: The model is attached to another loss.
-        EngineError: Each of several processes would train a model of its own.
-    """
+    """Check a model before its first step, in which Keras computes the loss of stand-ins."""
     if call.model is not None and torch_processes() > 1:
         raise EngineError(
             f"torch.distributed runs {torch_processes()} processes, and on PyTorch Keras's "

@@ -69,20 +69,13 @@ def _read_before_update(value: Any) -> Any:
 
 
 class ReadScope(keras.StatelessScope):
-    """A scope that notes which variables are read or assigned, and changes nothing else.
-
-    Args:
-        copies: Whether the values that are read stay as they are when a variable is assigned.
-
-    Attributes:
-        variables: The variables, by `id`.
-    """
+    """A scope that notes which variables are read or assigned, and changes nothing else."""
 
     def __init__(self, *, copies: bool = False) -> None:
         super().__init__()
-        self.variables: dict[int, keras.Variable] = {}
+        self.variables: dict[int, keras.Variable] = {}  # by `id`
         self._backend = keras.backend.backend()
-        self._copies = copies
+        self._copies = copies  # values that are read stay as they are
 
     def get_current_value(self, variable: keras.Variable) -> Any:
         """Return the value of the surrounding scope; called by a variable that is read."""
@@ -198,19 +191,14 @@ def _code_of(method: str) -> CodeType | None:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The step of `fit`, `evaluate`, `predict` or `train_on_batch` that is running.
+    """The step of `fit`, `evaluate`, `predict` or `train_on_batch` that is running."""
 
-    Attributes:
-        reference: A weak reference to the model; `None` where PyTorch compiles the step.
-        training: Whether this is a step of training.
-        has_loss: Whether the step computes a loss.
-        keeps_state: Whether variables that are assigned in the loss keep their values.
-    """
-
-    reference: Callable[[], Any] | None
+    reference: (
+        Callable[[], Any] | None
+    )  # weak, to the model; `None` where PyTorch compiles the step
     training: bool
     has_loss: bool
-    keeps_state: bool
+    keeps_state: bool  # of variables that are assigned in the loss
 
     @property
     def model(self) -> Any:
@@ -394,8 +382,13 @@ def keeps_constructor(model: Any, base: type) -> bool:
 @functools.cache
 def _names_that_keras_sets(cls: Any) -> frozenset[str]:
     """Return the attributes of a compiled model of a class of Keras."""
-    x, dense = keras.Input((1,)), keras.layers.Dense(1)
-    model = keras.Sequential([x, dense]) if cls is keras.Sequential else cls(x, dense(x))
+    # With names and an initializer, so that those of the user's layers stay the same.
+    x, dense = (
+        keras.Input((1,), name="x"),
+        keras.layers.Dense(1, name="y", kernel_initializer="zeros"),
+    )
+    inside = [[x, dense]] if cls is keras.Sequential else [x, dense(x)]
+    model = cls(*inside, name="model")
     model.compile("sgd", "mse")
     runs = ("history", "stop_evaluating", "stop_predicting", "_jax_state", "_eval_epoch_iterator")
     names = ("output_names", "_torch_params", "torch_params")  # set later, or kept
@@ -403,13 +396,7 @@ def _names_that_keras_sets(cls: Any) -> frozenset[str]:
 
 
 def new_like(model: Any, base: type, *args: Any) -> Any:
-    """Return a model of the class of another one, with the same attributes and own weights.
-
-    Args:
-        model: The model, which is not changed.
-        base: `Functional` or `keras.Sequential`.
-        *args: What the base class is made of.
-    """
+    """Return a model of the class of another one, made as one of `base` is made of `args`."""
     cls: Any = type(model)
     new: Any = cls.__new__(cls)
     vars(base)["__init__"](new, *args, name=model.name)
@@ -434,14 +421,9 @@ def origin(tensor: keras.KerasTensor) -> tuple[Any, list[keras.KerasTensor]]:
 
 
 def calls_above(tensors: Iterable[keras.KerasTensor], until: Iterable[Any] = ()) -> list[Any]:
-    """The calls that symbolic tensors come from, in the order to make them again.
+    """Return the nodes of Keras's graph that tensors come from, in the order to call them again.
 
-    Args:
-        tensors: The symbolic tensors.
-        until: Symbolic tensors to stop at.
-
-    Returns:
-        Nodes of Keras's graph, with `operation`, `arguments`, `input_tensors`, and `outputs`.
+    The search stops at the tensors `until`.
     """
     known = {id(tensor) for tensor in until}
     calls = []

@@ -25,7 +25,7 @@ _ATTRIBUTE = "_lossargs_steps"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Untracked:
+class Untracked:
     """Holds what Keras should not track as a part of a layer."""
 
     value: Any
@@ -100,7 +100,7 @@ class Adapter(keras.Layer):
         # No mixed policy: live values keep their precision.
         super().__init__(**{"dtype": keras.config.floatx(), **kwargs})
         self.tensor = tensor
-        self.adapted = _Untracked(None)
+        self.adapted = Untracked(None)
         self.built = True
 
     def read(self, tensor: Any) -> Any:
@@ -130,7 +130,7 @@ class Adapter(keras.Layer):
         adapter = cls._of_value.get(id(value))
         if adapter is None or adapter.adapted.value is not value:
             adapter = cls._of_value[id(value)] = cls(value)
-            adapter.adapted = _Untracked(value)
+            adapter.adapted = Untracked(value)
         return adapter
 
     @property
@@ -191,7 +191,7 @@ class VariableAdapter(Adapter):
     def __init__(self, variable: Any = None, owner: Any = None, **kwargs: Any) -> None:
         shape = kwargs.pop("shape", None)
         super().__init__(**kwargs)
-        self._owner = _Untracked(owner)  # a layer, and the place of the variable in its weights
+        self._owner = Untracked(owner)  # a layer, and the place of the variable in its weights
         self._variable: Any = variable
         self.shape = tuple(shape if variable is None else variable.shape)
         if getattr(getattr(variable, "value", None), "weak_type", False):
@@ -224,7 +224,7 @@ class VariableAdapter(Adapter):
 
     def refer_to(self, layer: keras.Layer, place: int) -> None:
         """Let the variable be saved by the layer whose weight it is, at this place."""
-        self._owner = _Untracked((layer, place))
+        self._owner = Untracked((layer, place))
 
     def save_own_variables(self, store: Any) -> None:
         """Save the variable, unless another layer does."""
@@ -368,22 +368,14 @@ class StepValues:
 
     Tensors of TensorFlow hide from Python's garbage collector what they carry: the layer, its
     losses and the model are held weakly.
-
-    Attributes:
-        layer: The layer, `layer()`.
-        read: What each of its adapters read.
-        given: The arguments in the call of the layer, by name.
-        step: The step in which the layer was called, or `None` in a user's own loop.
-        values: The value of each adapter, once it was computed.
-        args: The arguments of each loss, by a reference to it, once they were computed.
     """
 
     layer: Callable[[], Any]
-    read: list[Any]
-    given: dict[str, Any]
-    step: Step | None
-    values: list[Any] | None = None
-    args: dict[Any, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    read: list[Any]  # by each adapter of the layer
+    given: dict[str, Any]  # arguments in the call of the layer, by name
+    step: Step | None  # `None` in a user's own loop
+    values: list[Any] | None = None  # of each adapter, once they are computed
+    args: dict[Any, dict[str, Any]] = dataclasses.field(default_factory=dict)  # of each loss
 
     def losses(self) -> list[Any]:
         """Return the losses that get values."""
