@@ -263,7 +263,9 @@ def merged(function, case):
     if "sample_weight" in known:
         raise ExpectedError(SignatureError, ["'sample_weight'"])
     if len(case.positionals) > len(function.positional):
-        raise ExpectedError(ArgumentError, ["arguments by position", "which generated does not take"])
+        raise ExpectedError(
+            ArgumentError, ["arguments by position", "which generated does not take"]
+        )
     args = dict(zip(function.positional, case.positionals, strict=False))
     if twice := [n for n in case.keywords if n in args]:
         raise ExpectedError(ArgumentError, [repr(n) for n in twice])

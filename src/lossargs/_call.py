@@ -316,10 +316,11 @@ def build(call: Call, y_true: Any, y_pred: Any) -> Any:
             "loss(y_true, parallel(x, training=True), ...).backward(), and a torch.optim "
             "optimizer; examples/distributed.py has it."
         )
-    call.loss.checked_models.discard(call.model)  # it may be compiled again
     layers = attached_layers(call.model)
     for layer in layers:
         layer.prepare(call.model)
+    if call.model is not None:
+        call.loss.checked_models.discard(call.model)  # it may be compiled again
     if any(call.loss in layer.get_losses() for layer in layers):
         return keras.ops.zeros((), dtype=call.loss.dtype)  # stand-ins carry no values
     return call.evaluate(y_true, y_pred)

@@ -3,7 +3,6 @@
 If a Keras release moves one of these names, this is the file to mend, and the only one.
 """
 
-import copyreg
 import dataclasses
 import functools
 import inspect
@@ -315,7 +314,7 @@ class _InEpochs:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy it as a plain variable, which is in no model."""
         state = {name: value for name, value in vars(self).items() if name != "_models"}
-        return copyreg.__newobj__, (type(self).__bases__[1],), state  # type: ignore[attr-defined]
+        return object.__new__, (type(self).__bases__[1],), state
 
 
 @functools.cache

@@ -231,7 +231,7 @@ class BoundLoss(keras.losses.Loss):
         )
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, BoundLoss) and self._key == other._key
+        return self._key == other._key if isinstance(other, BoundLoss) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self._key)
