@@ -11,7 +11,16 @@ from keras import ops
 
 import losses
 from helpers import BACKEND, linear_model, predictions, to_float
-from lossargs import ArgumentError, BatchError, LossArgs, SavingError, attach, live_args, with_args
+from lossargs import (
+    ArgumentError,
+    AttachError,
+    BatchError,
+    LossArgs,
+    SavingError,
+    attach,
+    live_args,
+    with_args,
+)
 from lossargs._keras import running_step
 
 pytestmark = pytest.mark.fit
@@ -120,6 +129,13 @@ def test_model_that_is_a_layer_beside_an_argument():
     x = keras.Input((3,))
     attached = attach(keras.Model(x, inner(x)), losses.described(what=x[:, 0]))
     assert len(attached.inputs) == 1
+
+
+def test_tensors_of_another_number():
+    x = keras.Input((3,))
+    layer = LossArgs(losses.described(what=x))
+    with pytest.raises(AttachError, match="was called with 2 tensors in a list, and reads 1"):
+        layer(x, [x, x])
 
 
 def test_legacy_format_is_refused(tmp_path):

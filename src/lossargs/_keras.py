@@ -174,7 +174,9 @@ def _method_calls(cls: type, *names: str) -> Iterator[tuple[FrameType, Any]]:
                 for base in type(owner).__mro__:
                     method = vars(base).get(code.co_name)
                     is_method = method is not None and not isinstance(method, staticmethod)
-                    if is_method and code.co_qualname == f"{base.__qualname__}.{code.co_name}":
+                    is_here = frame.f_globals.get("__name__") == base.__module__
+                    name = f"{base.__qualname__}.{code.co_name}"
+                    if is_method and is_here and code.co_qualname == name:
                         yield frame, owner
                         break
         frame = frame.f_back
