@@ -388,7 +388,7 @@ def _names_that_keras_sets(cls: Any) -> frozenset[str]:
         keras.Input((1,), name="x"),
         keras.layers.Dense(1, name="y", kernel_initializer="zeros"),
     )
-    inside = [[x, dense]] if cls is keras.Sequential else [x, dense(x)]
+    inside: Any = [[x, dense]] if cls is keras.Sequential else [x, dense(x)]
     model = cls(*inside, name="model")
     model.compile("sgd", "mse")
     runs = ("history", "stop_evaluating", "stop_predicting", "_jax_state", "_eval_epoch_iterator")
