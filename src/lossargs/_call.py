@@ -157,6 +157,7 @@ class Call:
 
     def _reduce_as_keras(self, y_true: Any, y_pred: Any, args: Mapping[str, Any]) -> Any:
         mask, dtype = get_keras_mask(y_pred), self.loss.dtype
+        are_tensors = keras.ops.is_tensor(y_true) and keras.ops.is_tensor(y_pred)
 
         def convert(tensor: Any) -> Any:
             return keras.ops.convert_to_tensor(tensor, dtype=dtype)
@@ -171,7 +172,7 @@ class Call:
                 mask = own_mask if mask is None else mask & own_mask
             values = convert(values)
             size = math.prod(values.shape) if keras.backend.backend() == "torch" else 0
-            is_plain = mask is None and self.weight is None
+            is_plain = are_tensors and mask is None and self.weight is None
             if size and is_plain and self.reduction == "sum_over_batch_size":
                 # In fewer steps than Keras takes. Compilers take out the others, PyTorch does not.
                 total: Any = keras.ops.sum(values)

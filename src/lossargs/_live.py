@@ -2,7 +2,6 @@
 
 import dataclasses
 import weakref
-from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import keras
@@ -370,40 +369,42 @@ class StepValues:
     losses and the model are held weakly.
     """
 
-    layer: Callable[[], Any]
+    reference: Any  # to the layer
     read: list[Any]  # by each adapter of the layer
     given: dict[str, Any]  # arguments in the call of the layer, by name
     step: Step | None  # `None` in a user's own loop
     values: list[Any] | None = None  # of each adapter, once they are computed
-    args: dict[Any, dict[str, Any]] = dataclasses.field(default_factory=dict)  # of each loss
+
+    def layer(self) -> Any:
+        """Return the layer, or `None` if it is gone."""
+        # `torch.compile` makes the object of a weak reference.
+        is_weak = isinstance(self.reference, weakref.ReferenceType)
+        return self.reference() if is_weak else self.reference
 
     def losses(self) -> list[Any]:
         """Return the losses that get values."""
         layer = self.layer()
-        found = [reference() for reference in self.args] if layer is None else layer.get_losses()
-        return [loss for loss in found if loss is not None]
+        return [] if layer is None else list(layer.get_losses())
 
     def args_of(self, loss: Any) -> dict[str, Any]:
         """Return the arguments that the layer gives to one of its losses."""
         if self.values is None:
             self.compute(training=self.step is not None and self.step.training)
-        return self.args[weakref.ref(loss)]
-
-    def compute(self, *, training: bool) -> None:
-        """Compute the values of this step."""
         layer = self.layer()
-        pairs = zip(layer.adapters, self.read, strict=True)
-        with ReadScope(copies=True):
-            self.values = [adapter.value(one, training) for adapter, one in pairs]
-        by_adapter = dict(zip(layer.adapters, self.values, strict=True))
+        by_adapter = dict(zip(layer.adapters, self.values or (), strict=True))
 
         def value(leaf: Any) -> Any:
             return by_adapter[leaf] if isinstance(leaf, Adapter) else leaf
 
-        for loss, trees in layer.get_losses().items():
-            given = {name: one for name, one in self.given.items() if loss.takes(name)}
-            live = {name: rebuilt(tree, value) for name, tree in trees.items()}
-            self.args[weakref.ref(loss)] = {**given, **live}
+        given = {name: one for name, one in self.given.items() if loss.takes(name)}
+        live = {name: rebuilt(tree, value) for name, tree in layer.get_losses()[loss].items()}
+        return {**given, **live}
+
+    def compute(self, *, training: bool) -> None:
+        """Compute the values of this step."""
+        pairs = zip(self.layer().adapters, self.read, strict=True)
+        with ReadScope(copies=True):
+            self.values = [adapter.value(one, training) for adapter, one in pairs]
 
     def finish_step(self) -> None:
         """Let the adapters go on to the next step."""
