@@ -83,9 +83,6 @@ def _torch(
 ) -> Values:
     import torch  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
-    if torch.compiler.is_compiling():  # `torch.compile` has no second derivative
-        uncompiled: Callable[..., Values] = torch.compiler.disable(_torch)
-        return uncompiled(function, xs, paths, probing=probing)
     plan = _plan(paths)
     recording = torch.is_grad_enabled()
     careful = probing or in_symbolic_scope()
@@ -127,7 +124,17 @@ def _refuse_cut_graph(value: Any) -> None:
                 raise RuntimeError("a function marked with @once_differentiable is in the way")
 
 
-_BODIES = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
+def _torch_uncompiled(
+    function: Function, xs: list[Any], paths: list[Path], *, probing: bool = False
+) -> Values:
+    import torch  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
+
+    # What `torch.compile` makes has no second derivative.
+    body = torch.compiler.disable(_torch) if torch.compiler.is_compiling() else _torch
+    return body(function, xs, paths, probing=probing)
+
+
+_BODIES = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch_uncompiled}
 
 
 def has_derivatives() -> bool:
@@ -143,7 +150,7 @@ def differentiate(function: Function, xs: list[Any], paths: list[Path]) -> Value
 def probe(function: Function, xs: list[Any], paths: list[Path]) -> None:
     """Fail as `differentiate` would, and leave nothing in the program of the step."""
     if keras.backend.backend() == "torch":
-        _torch(function, xs, paths, probing=True)
+        _torch_uncompiled(function, xs, paths, probing=True)
         return
     specs = [keras.KerasTensor(x.shape, x.dtype) for x in xs]
     compute_output_spec(lambda xs: [*differentiate(function, xs, paths).values()], specs)

@@ -51,7 +51,6 @@ def variables_can_be_assigned() -> bool:
     return keras.backend.backend() != "jax" or bool(in_stateless_scope())
 
 
-@keras.ops.custom_gradient
 def _read_before_update(value: Any) -> Any:
     """Return the value of a variable, such that its gradient depends on it.
 
@@ -83,7 +82,8 @@ class ReadScope(keras.StatelessScope):
         value = around.get_current_value(variable) if around else None
         if value is None and variable._value is not None:
             if self._backend == "tensorflow" and variable.trainable:
-                value = _read_before_update(keras.ops.convert_to_tensor(variable._value))
+                read: Any = keras.ops.custom_gradient(_read_before_update)
+                value = read(keras.ops.convert_to_tensor(variable._value))
             elif self._copies and self._backend != "jax":
                 value = keras.ops.copy(variable._value)  # PyTorch assigns in place
         return value

@@ -99,7 +99,7 @@ def _take_leaf(value: Any, where: str) -> Any:
         )
     if isinstance(value, keras.losses.Loss):
         return value
-    if not isinstance(value, np.ndarray) and keras.ops.is_tensor(value):
+    if not isinstance(value, (np.ndarray, np.generic)) and keras.ops.is_tensor(value):
         value = _array_of_tensor(value, where)
     if isinstance(value, np.generic) or hasattr(value, "__array__"):
         value = _plain(value, where)
