@@ -10,7 +10,7 @@ import pytest
 from keras import ops
 
 import losses
-from helpers import BACKEND, linear_model, predictions, to_float
+from helpers import BACKEND, KERAS, linear_model, predictions, to_float
 from lossargs import (
     ArgumentError,
     AttachError,
@@ -112,6 +112,7 @@ def test_predictions_of_a_model_with_another_loss(data):
     assert to_float(second(data.y, y_pred)) == pytest.approx(error + 2, rel=1e-5)
 
 
+@pytest.mark.skipif(KERAS < (3, 15), reason="older Keras hides the error of stand-ins")
 def test_loss_of_another_model_beside_an_attached_one():
     one, two = losses.shifted(keras.Variable(1.0)), losses.masked()
     kept = LossArgs(two)  # of another model
