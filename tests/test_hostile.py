@@ -23,7 +23,7 @@ import pytest
 from keras.src.saving.serialization_lib import SafeModeScope, in_safe_mode
 
 import losses
-from helpers import linear_model
+from helpers import KERAS, linear_model
 from lossargs import LossArgs, LossArgsError, attach, grad
 
 BIG = 2**28  # float32 of it are 1 GiB
@@ -395,7 +395,7 @@ PROGRAM = {
 
 
 @pytest.mark.skipif(keras.backend.backend() == "numpy", reason="has no derivatives")
-@pytest.mark.skipif(KERAS < (3, 15), reason="older Keras imports what the config of a layer names")
+@pytest.mark.skipif(KERAS < (3, 15), reason="older Keras imports what a config names")
 def test_derivatives(watched, tmp_path):
     x = keras.Input((1,))
     y = keras.layers.Dense(1)(x)
