@@ -9,12 +9,12 @@ from lossargs._derivatives import undifferentiated
 from lossargs._errors import AttachError, listed, nearest
 from lossargs._keras import (
     Functional,
-    above,
+    ancestors,
     copy_own_state,
     keeps_constructor,
     new_like,
-    origin,
     own_variables,
+    producer,
 )
 from lossargs._layer import LossArgs, check_is_bound, layers_of, names_of
 from lossargs._live import Adapter, Untracked
@@ -131,7 +131,7 @@ def detach(model: keras.Model) -> keras.Model:
             "work with it."
         )
     outputs = keras.tree.map_structure(lambda y: undifferentiated(_before(y)), model.output)
-    used, _ = above(keras.tree.flatten(outputs))
+    used, _ = ancestors(keras.tree.flatten(outputs))
     dropped = _inputs_of_losses(model) - used.keys()
     return _detached(model, _functional(model, _without(model.input, dropped), outputs))
 
@@ -150,12 +150,14 @@ def _inputs_of_losses(model: Any) -> set[int]:
     """Return the ids of the inputs that a model has for its losses."""
     found: set[int] = set()
     for output in keras.tree.flatten(model.output):
-        layer, given = origin(output)
+        layer, given = producer(output)
         if not isinstance(layer, LossArgs):
             continue
-        read, _ = above(given[1:])
+        read, _ = ancestors(given[1:])
         named = layer.new_inputs
-        found |= {key for key, one in read.items() if named is None or origin(one)[0].name in named}
+        found |= {
+            key for key, one in read.items() if named is None or producer(one)[0].name in named
+        }
     return found
 
 
@@ -206,7 +208,7 @@ def live_args(model: keras.Model) -> dict[str, keras.Variable]:
 
 def _before(output: keras.KerasTensor) -> keras.KerasTensor:
     """The tensor that an output was before a loss was attached to it."""
-    operation, given = origin(output)
+    operation, given = producer(output)
     return _before(given[0]) if isinstance(operation, LossArgs) else output
 
 
@@ -219,7 +221,7 @@ def _attach_tensor(output: Any, loss: BoundLoss, track: Any, kept: dict[Any, Ada
     layer = LossArgs(loss, track=_listed(track), kept={**kept, **_kept_behind(output)})
     tensors = layer.tensors
     output = _before(output)
-    _, layers = above([output, *(t for t in tensors if t is not None)])
+    _, layers = ancestors([output, *(t for t in tensors if t is not None)])
     layer.note_weights_of(layers)
     return (layer(output, tensors) if tensors else layer(output)), layer
 
@@ -230,7 +232,7 @@ def _listed(track: Any) -> Any:
 
 def _kept_behind(output: keras.KerasTensor) -> dict[Any, Adapter]:
     """Return what a layer keeps that is to be replaced."""
-    layer, given = origin(output)
+    layer, given = producer(output)
     if not isinstance(layer, LossArgs):
         return {}
     readers = [adapter for adapter in layer.adapters if adapter.reads_tensor]
@@ -271,7 +273,7 @@ def _attach_tensors(
 
 def _names(outputs: Any) -> list[str]:
     """Return the names of the outputs in a list, as they were before losses were attached."""
-    return [origin(_before(output))[0].name for output in outputs]
+    return [producer(_before(output))[0].name for output in outputs]
 
 
 def _by_output(given: Any, names: Sequence[str], what: str, *, is_one: bool) -> list[Any]:
@@ -303,19 +305,19 @@ def _attach_functional(model: Any, loss: Any, track: Any) -> Any:
     for one in (one for layer in layers for one in layer.live):
         tensor = one.adapter.tensor
         if isinstance(tensor, keras.KerasTensor):
-            sources, _ = above([tensor])
+            sources, _ = ancestors([tensor])
             _refuse_inputs_of_layers(one, sources, model)
             new |= {key: source for key, source in sources.items() if key not in known}
     extra = list(new.values())
     before = _inputs_of_losses(model)
-    added = [origin(t)[0].name for t in (*extra, *(t for t in model.inputs if id(t) in before))]
+    added = [producer(t)[0].name for t in (*extra, *(t for t in model.inputs if id(t) in before))]
     for layer in layers:
         layer.new_inputs = tuple(added)
     inputs = model.input
     if extra:
         if isinstance(inputs, dict):
             for tensor in extra:
-                tensor.name = origin(tensor)[0].name  # the key, also when the model is loaded
+                tensor.name = producer(tensor)[0].name  # the key, also when the model is loaded
             inputs = {**inputs, **{tensor.name: tensor for tensor in extra}}
         else:
             inputs = [*(inputs if isinstance(inputs, (list, tuple)) else [inputs]), *extra]
@@ -360,7 +362,7 @@ def _functional(model: Any, inputs: Any, outputs: Any) -> Any:
     """Return a model of the same class, with the same state, on these inputs and outputs."""
     if type(model) in (Functional, AttachedModel):
         flat = keras.tree.flatten(outputs)
-        is_attached = any(isinstance(origin(output)[0], LossArgs) for output in flat)
+        is_attached = any(isinstance(producer(output)[0], LossArgs) for output in flat)
         cls = AttachedModel if is_attached else Functional
         new = cls(inputs, outputs, name=model.name)
     elif keeps_constructor(model, Functional):

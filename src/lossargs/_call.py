@@ -34,7 +34,7 @@ from lossargs._keras import (
     weighted_metrics_in_use,
 )
 from lossargs._live import StepValues, get_step_values
-from lossargs._values import describe_lists, hand_on, rebuilt
+from lossargs._values import describe_lists, map_leaves, to_tensors
 
 SAMPLE_WEIGHT = "sample_weight"  # the batch entry that is the ordinary sample weight
 
@@ -190,9 +190,9 @@ class Call:
             return _InnerLoss(leaf, self) if is_inner else leaf
 
         def call(changed: Mapping[str, Any]) -> Any:
-            given = {n: hand_on(v, loss.dtype, n) for n, v in {**args, **changed}.items()}
+            given = {n: to_tensors(v, loss.dtype, n) for n, v in {**args, **changed}.items()}
             if loss.inner_losses:
-                given = {n: rebuilt(v, inner) for n, v in given.items()}
+                given = {n: map_leaves(v, inner) for n, v in given.items()}
             return loss.loss_function.fn(y_true, y_pred, **given)
 
         values = call({})

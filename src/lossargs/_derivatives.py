@@ -11,15 +11,15 @@ from lossargs._errors import ArgumentError, DerivativeError, SavingError, listed
 from lossargs._keras import (
     LayerOfOthers,
     Sandbox,
-    above,
-    calls_above,
+    ancestor_calls,
+    ancestors,
     compute_output_spec,
     get_keras_mask,
     in_sharing_scope,
     set_keras_mask,
 )
 from lossargs._serialization import checked, damaged, reading
-from lossargs._values import Slot, rebuilt, show
+from lossargs._values import TensorRef, format_value, map_leaves
 
 
 def grad(y: keras.KerasTensor, x: keras.KerasTensor) -> keras.KerasTensor:
@@ -116,8 +116,8 @@ def _check(paths: list[tuple[Any, ...]], ys: list[Any], xs: list[Any]) -> None:
     for tensor in (*ys, *xs):
         if not keras.backend.is_float_dtype(tensor.dtype):
             raise DerivativeError(
-                f"{show(tensor)} is {tensor.dtype}, and derivatives are floating-point. Write "
-                "keras.Input(shape, dtype='float32'), or differentiate along the output of a "
+                f"{format_value(tensor)} is {tensor.dtype}, and derivatives are floating-point. "
+                "Write keras.Input(shape, dtype='float32'), or differentiate along the output of a "
                 "layer such as Embedding."
             )
     for x in xs:
@@ -125,16 +125,16 @@ def _check(paths: list[tuple[Any, ...]], ys: list[Any], xs: list[Any]) -> None:
         for other in others:
             if _depends(x, other, others):
                 raise DerivativeError(
-                    f"{show(x)} is computed from {show(other)}, and derivatives() needs "
-                    "independent variables. Take them one after another, by grad()."
+                    f"{format_value(x)} is computed from {format_value(other)}, and derivatives() "
+                    "needs independent variables. Take them one after another, by grad()."
                 )
     for y, x in ((y, x) for y, *along in paths for x in along):
         if y is not x and not _depends(y, x):
-            names = listed(tensor.name for tensor in above([y])[0].values())
+            names = listed(tensor.name for tensor in ancestors([y])[0].values())
             raise DerivativeError(
-                f"y, {show(y)}, is not computed from x, {show(x)}, but from the inputs {names}: "
-                "the derivative would be zero. Take the output of the network for this x, "
-                "y = network(x), and not network.output."
+                f"y, {format_value(y)}, is not computed from x, {format_value(x)}, "
+                f"but from the inputs {names}: the derivative would be zero. Take the output of "
+                "the network for this x, y = network(x), and not network.output."
             )
 
 
@@ -152,7 +152,7 @@ def _calls(ys: list[Any], until: Iterable[Any] = ()) -> list[Any]:
     """Return the calls that `ys` are computed from, without those only for `evaluated`."""
     needed = {id(y) for y in ys}
     calls = []
-    for call in reversed(calls_above(ys, until)):
+    for call in reversed(ancestor_calls(ys, until)):
         if any(id(output) in needed for output in call.outputs):
             needed |= {id(given) for given in _given(call)}
             calls.append(call)
@@ -163,7 +163,7 @@ def _evaluated(ys: list[Any]) -> list[Any]:
     """Return tensors whose computation calls each layer of `ys` as in the plain network."""
     tensors: list[Any] = []
     for y in ys:
-        call = calls_above([y])[-1]
+        call = ancestor_calls([y])[-1]
         derived = isinstance(call.operation, Derivatives)
         tensors += call.arguments.kwargs.get("evaluated", []) if derived else [y]
     return _distinct(tensors)
@@ -182,8 +182,8 @@ def _apply_between(xs: list[Any], ys: list[Any], paths: list[Path]) -> list[Any]
     inputs = [*xs, *fixed]
     made = [tensor for call in between for tensor in call.outputs]
     # An `x` that is made on the way, beside another result of its layer, is still the one given.
-    slots = {id(tensor): Slot(place) for place, tensor in enumerate([*inputs, *made])}
-    slots |= {id(tensor): Slot(place) for place, tensor in enumerate(inputs)}
+    slots = {id(tensor): TensorRef(place) for place, tensor in enumerate([*inputs, *made])}
+    slots |= {id(tensor): TensorRef(place) for place, tensor in enumerate(inputs)}
 
     def slot(leaf: Any) -> Any:  # `None` for what is `evaluated` beside derivatives
         return slots.get(id(leaf)) if isinstance(leaf, keras.KerasTensor) else leaf
@@ -191,7 +191,11 @@ def _apply_between(xs: list[Any], ys: list[Any], paths: list[Path]) -> list[Any]
     operations = _distinct(call.operation for call in between)
     place = {id(operation): place for place, operation in enumerate(operations)}
     calls = [
-        (place[id(c.operation)], rebuilt(c.arguments.args, slot), rebuilt(c.arguments.kwargs, slot))
+        (
+            place[id(c.operation)],
+            map_leaves(c.arguments.args, slot),
+            map_leaves(c.arguments.kwargs, slot),
+        )
         for c in between
     ]
     results = [slots[id(y)].index for y in ys]
@@ -202,7 +206,7 @@ def _apply_between(xs: list[Any], ys: list[Any], paths: list[Path]) -> list[Any]
 
 def undifferentiated(tensor: keras.KerasTensor) -> keras.KerasTensor:
     """Return the original of a tensor `y` that `derivatives` returned, and others as they are."""
-    call = calls_above([tensor])[-1]
+    call = ancestor_calls([tensor])[-1]
     if not isinstance(call.operation, Derivatives):
         return tensor
     y, path = call.operation.program.paths[
@@ -228,7 +232,8 @@ class Derivatives(LayerOfOthers):
     Args:
         operations: The layers and operations.
         calls: The calls in order: the place of the operation, arguments, keyword arguments. A
-            `Slot` represents a tensor: first the inputs of this layer, then the results of calls.
+            `TensorRef` represents a tensor: first the inputs of this layer, then the
+            results of calls.
         results: The slots of the tensors to differentiate.
         along: The number of inputs, the first ones, to differentiate along.
         paths: The derivatives, by places among results and inputs.
@@ -262,13 +267,13 @@ class Derivatives(LayerOfOthers):
             return values[place]
 
         def filled(leaf: Any) -> Any:
-            return value(leaf.index) if isinstance(leaf, Slot) else leaf
+            return value(leaf.index) if isinstance(leaf, TensorRef) else leaf
 
         for place, args, kwargs in self.program.calls:
-            named = rebuilt(kwargs, filled)
+            named = map_leaves(kwargs, filled)
             if training is not None and "training" in named:
                 named["training"] = training  # as a Functional model does
-            results = self.operations[place](*rebuilt(args, filled), **named)
+            results = self.operations[place](*map_leaves(args, filled), **named)
             values += [results] if keras.ops.is_tensor(results) else keras.tree.flatten(results)
         return [value(place) for place in self.program.results]
 
@@ -356,10 +361,10 @@ def _check_program(
     slots = list(results)
 
     def look(leaf: Any) -> None:
-        slots.extend([leaf.index] if isinstance(leaf, Slot) else [])
+        slots.extend([leaf.index] if isinstance(leaf, TensorRef) else [])
 
     for _, args, kwargs in calls:
-        rebuilt([list.copy(args), dict.copy(kwargs)], look)
+        map_leaves([list.copy(args), dict.copy(kwargs)], look)
     sizes = [(one, len(operations)) for one, _, _ in calls] + [(y, len(results)) for y, _ in paths]
     sizes += [(x, along) for _, path in paths for x in path]
     sizes += [(slot, 2**31) for slot in slots]  # more is known in a step

@@ -53,7 +53,7 @@ class LossFunction:
         self.key = f"{package or self.module}>{name or self.qualname}"
         self._place = f"{fn.__module__}:{getattr(fn, '__qualname__', '')}"
         # A reloaded module, or a notebook cell that is run again, defines the same function again.
-        self.origin = (file or self.module, self.qualname)
+        self.defined_at = (file or self.module, self.qualname)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of `factory(*args, **kwargs)` by name; none is required."""
@@ -172,11 +172,11 @@ def inspected(
     old = _registry.setdefault(new.key, new)
     if old.fn is fn:
         return old
-    if old.origin != new.origin:
+    if old.defined_at != new.defined_at:
         raise SignatureError(
-            f"Two different functions are called {new.key!r}: {old.qualname} of {old.origin[0]} "
-            f"and {new.qualname} of {new.origin[0]}. Give one another name or package: "
-            "@with_args(name=...) or @with_args(package=...)."
+            f"Two different functions are called {new.key!r}: {old.qualname} of "
+            f"{old.defined_at[0]} and {new.qualname} of {new.defined_at[0]}. Give one another "
+            "name or package: @with_args(name=...) or @with_args(package=...)."
         )
     _registry[new.key] = new
     return new

@@ -415,13 +415,13 @@ def copy_own_state(model: Any, new: Any, base: type) -> None:
         setattr(new, name, getattr(model, name))
 
 
-def origin(tensor: keras.KerasTensor) -> tuple[Any, list[keras.KerasTensor]]:
+def producer(tensor: keras.KerasTensor) -> tuple[Any, list[keras.KerasTensor]]:
     """The layer or operation that a symbolic tensor comes from, and what that was called with."""
     operation, node, _ = vars(tensor)["_keras_history"]
     return operation, operation._inbound_nodes[node].input_tensors
 
 
-def calls_above(tensors: Iterable[keras.KerasTensor], until: Iterable[Any] = ()) -> list[Any]:
+def ancestor_calls(tensors: Iterable[keras.KerasTensor], until: Iterable[Any] = ()) -> list[Any]:
     """Return the nodes of Keras's graph that tensors come from, in the order to call them again.
 
     The search stops at the tensors `until`.
@@ -441,11 +441,11 @@ def calls_above(tensors: Iterable[keras.KerasTensor], until: Iterable[Any] = ())
     return calls
 
 
-def above(
+def ancestors(
     tensors: list[keras.KerasTensor],
 ) -> tuple[dict[int, keras.KerasTensor], list[keras.Layer]]:
     """Return the inputs, by `id`, and the layers that symbolic tensors are computed from."""
-    calls = calls_above(tensors)
+    calls = ancestor_calls(tensors)
     inputs = {id(call.outputs[0]): call.outputs[0] for call in calls if not call.input_tensors}
     operations = {id(call.operation): call.operation for call in calls}
     return inputs, [one for one in operations.values() if isinstance(one, keras.Layer)]

@@ -32,7 +32,7 @@ from lossargs._keras import (
 from lossargs._live import Adapter, StepValues, VariableAdapter, adapter_of, set_step_values
 from lossargs._loss import BoundLoss
 from lossargs._serialization import checked, load_object, reading
-from lossargs._values import identity, is_live
+from lossargs._values import cache_key, is_live
 
 # Stands for NaN, which processes that compare what they start with would find different.
 _UNREPORTED = float(np.finfo("float32").min)
@@ -155,7 +155,7 @@ class LossArgs(keras.Layer):
         live = []
         for one in losses:
             for name, label, leaf in one.live_leaves():
-                key = identity(leaf)
+                key = cache_key(leaf)
                 if key not in adapters:
                     is_kept = key in kept
                     adapters[key] = kept[key].for_another_layer() if is_kept else adapter_of(leaf)
@@ -166,7 +166,7 @@ class LossArgs(keras.Layer):
                 )
 
         def keep(leaf: Any) -> Any:
-            return adapters[identity(leaf)] if is_live(leaf) else leaf
+            return adapters[cache_key(leaf)] if is_live(leaf) else leaf
 
         self.adapters = list(dict.fromkeys(adapters.values()))  # for Keras to find them
         place = {adapter: place for place, adapter in enumerate(self.adapters)}

@@ -18,7 +18,7 @@ from lossargs._keras import (
     set_tensor_attr,
 )
 from lossargs._serialization import checked, decode, encode, load_object, reading
-from lossargs._values import live_types, rebuilt, show
+from lossargs._values import format_value, live_types, map_leaves
 
 _ATTRIBUTE = "_lossargs_steps"
 
@@ -92,9 +92,9 @@ class Adapter(keras.Layer):
     def __init__(self, tensor: Any = None, **kwargs: Any) -> None:
         if tensor is not None and not isinstance(tensor, keras.KerasTensor):
             raise ArgumentError(
-                f"{type(self).__name__} was given {show(tensor)}, and reads a symbolic tensor. "
-                "Give the output of a layer or a keras.Input; or nothing, and the tensor by the "
-                "name of the argument in the call of LossArgs."
+                f"{type(self).__name__} was given {format_value(tensor)}, and reads a symbolic "
+                "tensor. Give the output of a layer or a keras.Input; or nothing, and the tensor "
+                "by the name of the argument in the call of LossArgs."
             )
         # No mixed policy: live values keep their precision.
         super().__init__(**{"dtype": keras.config.floatx(), **kwargs})
@@ -215,7 +215,7 @@ class VariableAdapter(Adapter):
         return self if self._variable is None else self._variable
 
     def __str__(self) -> str:
-        return show(self.variable)
+        return format_value(self.variable)
 
     def get_owner(self) -> Any:
         """Return the layer that the variable is a weight of, or `None`."""
@@ -397,7 +397,7 @@ class StepValues:
             return by_adapter[leaf] if isinstance(leaf, Adapter) else leaf
 
         given = {name: one for name, one in self.given.items() if loss.takes(name)}
-        live = {name: rebuilt(tree, value) for name, tree in layer.get_losses()[loss].items()}
+        live = {name: map_leaves(tree, value) for name, tree in layer.get_losses()[loss].items()}
         return {**given, **live}
 
     def compute(self, *, training: bool) -> None:

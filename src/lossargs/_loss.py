@@ -14,7 +14,14 @@ from lossargs._function import LossFunction, registered
 from lossargs._keras import give_variables_back, in_symbolic_scope
 from lossargs._live import decode_live, encode_live
 from lossargs._serialization import checked, decode, encode, reading
-from lossargs._values import exhibit, identity, live_leaves, rebuilt, show, take
+from lossargs._values import (
+    bind_value,
+    cache_key,
+    format_value,
+    live_leaves,
+    map_leaves,
+    readonly_copy,
+)
 
 _interned: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
 _interned_lock = threading.Lock()
@@ -56,9 +63,11 @@ class BoundLoss(keras.losses.Loss):
         Raises:
             ArgumentError: A value can be neither followed nor bound as a constant.
         """
-        taken = {n: take(args[n], f"{n!r} of {function.name}()") for n in function.in_order(args)}
+        taken = {
+            n: bind_value(args[n], f"{n!r} of {function.name}()") for n in function.in_order(args)
+        }
         options = {"name": name, "reduction": reduction, "dtype": dtype or keras.config.floatx()}
-        values = tuple((name, identity(value)) for name, value in taken.items())
+        values = tuple((name, cache_key(value)) for name, value in taken.items())
         key = (function, values, *options.values())
         with _interned_lock:
             loss: Self | None = _interned.get(key)
@@ -69,7 +78,9 @@ class BoundLoss(keras.losses.Loss):
     @property
     def args(self) -> Mapping[str, Any]:
         """The bound arguments by name, read-only."""
-        return MappingProxyType({name: exhibit(value) for name, value in self.bound_args.items()})
+        return MappingProxyType(
+            {name: readonly_copy(value) for name, value in self.bound_args.items()}
+        )
 
     def replace(self, /, **changes: Any) -> Self:
         """A loss like this one, with some arguments bound anew.
@@ -100,7 +111,7 @@ class BoundLoss(keras.losses.Loss):
 
     def live_args(self, convert: Callable[[Any], Any]) -> dict[str, Any]:
         """The arguments that hold live values, with each leaf converted."""
-        return {name: rebuilt(self.bound_args[name], convert) for name in self.live_names}
+        return {name: map_leaves(self.bound_args[name], convert) for name in self.live_names}
 
     def _find_inner_losses(self) -> list["BoundLoss"]:
         found: list[BoundLoss] = []
@@ -110,7 +121,7 @@ class BoundLoss(keras.losses.Loss):
                 found.extend((leaf, *leaf.inner_losses))
 
         for value in self.bound_args.values():
-            rebuilt(value, look)
+            map_leaves(value, look)
         return found
 
     @property
@@ -218,7 +229,7 @@ class BoundLoss(keras.losses.Loss):
 
     def __repr__(self) -> str:
         function = self.loss_function
-        given = {name: show(value) for name, value in self.bound_args.items()}
+        given = {name: format_value(value) for name, value in self.bound_args.items()}
         given |= dict.fromkeys(function.missing(self.bound_args), "<from the batch>")
         shown = f"({', '.join(f'{name}={value}' for name, value in given.items())})"
         usual = {"name": function.log_name, "reduction": "sum_over_batch_size"}

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from lossargs._errors import LossArgsError, SavingError
-from lossargs._values import is_live, is_live_loss, show, without_ml_dtypes
+from lossargs._values import format_value, is_live, is_live_loss, without_ml_dtypes
 
 _PLAIN = (type(None), bool, int, float, str)  # JSON keeps them exactly
 
@@ -46,8 +46,8 @@ def encode(value: Any, where: str, encode_live: Callable[[Any], Any] | None = No
     if is_live(value):
         if encode_live is None:
             raise SavingError(
-                f"{where} is {show(value)}, which is saved with its model only. Attach the loss, "
-                "and save the model: attach(model, loss).save(path)."
+                f"{where} is {format_value(value)}, which is saved with its model only. "
+                "Attach the loss, and save the model: attach(model, loss).save(path)."
             )
         return {"kind": "live", "object": keras.saving.serialize_keras_object(encode_live(value))}
     try:

@@ -30,7 +30,7 @@ live_types: list[type] = []
 
 @keras.saving.register_keras_serializable(package="lossargs")
 @dataclasses.dataclass(frozen=True)
-class Slot:
+class TensorRef:
     """Represents a value that each step fills in, by its index in a list."""
 
     index: int
@@ -63,7 +63,7 @@ def live_leaves(value: Any) -> Iterator[tuple[str, Any]]:
             yield from ((f"_{key}{place}", leaf) for place, leaf in live_leaves(item))
 
 
-def rebuilt(
+def map_leaves(
     value: Any, convert: Callable[[Any], Any], where: str = "A value", depth: int = 0
 ) -> Any:
     """Return the value in new containers, with each leaf and each key converted."""
@@ -74,21 +74,21 @@ def rebuilt(
             f"{where} is nested more than {_DEEPEST} deep, or in itself. Give a flatter value."
         )
     if isinstance(value, dict):
-        return {convert(k): rebuilt(v, convert, where, depth + 1) for k, v in value.items()}
-    items = [rebuilt(item, convert, where, depth + 1) for item in value]
+        return {convert(k): map_leaves(v, convert, where, depth + 1) for k, v in value.items()}
+    items = [map_leaves(item, convert, where, depth + 1) for item in value]
     return tuple(items) if type(value) is tuple else items
 
 
-def take(value: Any, where: str) -> Any:
+def bind_value(value: Any, where: str) -> Any:
     """Return a copy of a bound value: scalars as Python's, tensors as arrays, live values as such.
 
     Raises:
         ArgumentError: The value is neither live nor a constant.
     """
-    return rebuilt(value, functools.partial(_take_leaf, where=where), where)
+    return map_leaves(value, functools.partial(_bind_leaf, where=where), where)
 
 
-def _take_leaf(value: Any, where: str) -> Any:
+def _bind_leaf(value: Any, where: str) -> Any:
     if type(value) in _ATOMS or is_live(value):
         return value
     if kind := _changing_kind(value):
@@ -125,8 +125,9 @@ def _check_parts(value: Any, where: str) -> None:
         seen[id(part)] = part
         if is_live(part) or is_live_loss(part):
             raise ArgumentError(
-                f"{where} is a {type(value).__name__} that holds {show(part)}. The model finds "
-                "live values and losses in tuples, lists and dicts only. Give one of these."
+                f"{where} is a {type(value).__name__} that holds {format_value(part)}. The "
+                "model finds live values and losses in tuples, lists and dicts only. Give one of "
+                "these."
             )
         if isinstance(part, dict):
             parts += [*part, *part.values()]
@@ -190,7 +191,7 @@ def _changing_kind(value: Any) -> str | None:
     return next((kind for kind in kinds if kind in _VARIABLES), None)
 
 
-def hand_on(value: Any, dtype: str, where: str) -> Any:
+def to_tensors(value: Any, dtype: str, where: str) -> Any:
     """Return the value for the user's function: arrays as tensors, those of floats of `dtype`."""
 
     def convert(leaf: Any) -> Any:
@@ -212,10 +213,10 @@ def hand_on(value: Any, dtype: str, where: str) -> Any:
                 "tensors. Give it another dtype, e.g. `array.astype('int64')`."
             ) from error
 
-    return rebuilt(value, convert, repr(where))
+    return map_leaves(value, convert, repr(where))
 
 
-def exhibit(value: Any) -> Any:
+def readonly_copy(value: Any) -> Any:
     """Return the value for `loss.args`: new containers, read-only arrays."""
 
     def readonly(leaf: Any) -> Any:
@@ -224,10 +225,10 @@ def exhibit(value: Any) -> Any:
             leaf.flags.writeable = False
         return leaf
 
-    return rebuilt(value, readonly)
+    return map_leaves(value, readonly)
 
 
-def identity(value: Any) -> Hashable:
+def cache_key(value: Any) -> Hashable:
     """Return a key of a bound value that is equal for two values only if they compute the same."""
     cls: Any = type(value)
     if cls in (float, complex):
@@ -237,9 +238,9 @@ def identity(value: Any) -> Hashable:
     if cls is np.ndarray:
         return cls, value.dtype, value.shape, hashlib.blake2b(value.tobytes()).digest()
     if isinstance(value, dict):
-        return dict, tuple((identity(k), identity(v)) for k, v in value.items())
+        return dict, tuple((cache_key(k), cache_key(v)) for k, v in value.items())
     if cls in (list, tuple):
-        return cls, tuple(identity(item) for item in value)
+        return cls, tuple(cache_key(item) for item in value)
     if cls in _ATOMS or cls.__eq__ is object.__eq__ or isinstance(value, keras.losses.Loss):
         return cls, value  # equal only if the same
     with contextlib.suppress(Exception):  # it cannot be pickled
@@ -255,14 +256,16 @@ def describe_lists(args: Mapping[str, Any]) -> str:
     return kinds and f"{kinds}; if the function needs an array, bind `numpy.array(...)`."
 
 
-def show(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return the value for `repr`; a large array by its dtype and shape."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{show(k)}: {show(v)}" for k, v in value.items()) + "}"
+        return (
+            "{" + ", ".join(f"{format_value(k)}: {format_value(v)}" for k, v in value.items()) + "}"
+        )
     if type(value) is list:
-        return "[" + ", ".join(map(show, value)) + "]"
+        return "[" + ", ".join(map(format_value, value)) + "]"
     if type(value) is tuple:
-        return "(" + ", ".join(map(show, value)) + ("," if len(value) == 1 else "") + ")"
+        return "(" + ", ".join(map(format_value, value)) + ("," if len(value) == 1 else "") + ")"
     if isinstance(value, np.ndarray):
         large = value.size > 8
         name = value.dtype.name
