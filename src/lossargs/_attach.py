@@ -16,8 +16,9 @@ from lossargs._keras import (
     own_variables,
     producer,
 )
-from lossargs._layer import LossArgs, check_is_bound, layers_of, names_of
+from lossargs._layer import LossArgs, check_is_bound, layers_of
 from lossargs._live import Adapter, Untracked
+from lossargs._logs import names_of
 from lossargs._loss import BoundLoss
 from lossargs._serialization import reading
 
@@ -219,7 +220,7 @@ def _attach_tensor(output: Any, loss: BoundLoss, track: Any, kept: dict[Any, Ada
             f"{output!r}."
         )
     layer = LossArgs(loss, track=_listed(track), kept={**kept, **_kept_behind(output)})
-    tensors = layer.tensors
+    tensors = [adapter.tensor for adapter in layer.readers()]
     output = _before(output)
     _, layers = ancestors([output, *(t for t in tensors if t is not None)])
     layer.note_weights_of(layers)
@@ -235,8 +236,7 @@ def _kept_behind(output: keras.KerasTensor) -> dict[Any, Adapter]:
     layer, given = producer(output)
     if not isinstance(layer, LossArgs):
         return {}
-    readers = [adapter for adapter in layer.adapters if adapter.reads_tensor]
-    for adapter, tensor in zip(readers, given[1:], strict=False):
+    for adapter, tensor in zip(layer.readers(), given[1:], strict=False):
         adapter.tensor = tensor
     return layer.adapters_by_key()
 
@@ -302,7 +302,7 @@ def _attach_functional(model: Any, loss: Any, track: Any) -> Any:
     names_of(layers, by_layer=False)
     known = {id(tensor) for tensor in model.inputs}
     new: dict[int, Any] = {}
-    for one in (one for layer in layers for one in layer.live):
+    for one in (one for layer in layers for one in layer.get_live()):
         tensor = one.adapter.tensor
         if isinstance(tensor, keras.KerasTensor):
             sources, _ = ancestors([tensor])
@@ -336,7 +336,7 @@ def _attach_functional(model: Any, loss: Any, track: Any) -> Any:
 def _refuse_saving_own_weights(model: Any, layers: list[LossArgs]) -> None:
     own = {id(variable) for variable in own_variables(model)}
     for layer in layers:
-        for one in layer.live:
+        for one in layer.get_live():
             if id(one.adapter.variable) in own:
                 layer.unsaved = (
                     f"{one.label!r} is a weight of the model itself, and would load as two "
@@ -382,7 +382,7 @@ def _attach_sequential(model: Any, loss: Any, track: Any) -> Any:
     check_is_bound(loss)
     kept = _kept_by(model)
     layer = LossArgs(loss, track=_listed(track), kept=kept)
-    if not layer.tensors:
+    if not layer.readers():
         layers = [one for one in model.layers if not isinstance(one, LossArgs)]
         names_of([layer], by_layer=False)
         layer.note_weights_of(layers)

@@ -1,8 +1,6 @@
-"""One call of a bound loss: where its arguments come from, and what the function may do."""
+"""One evaluation of a bound loss: its arguments in this step, and checks of its function."""
 
 import dataclasses
-import math
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,16 +20,12 @@ from lossargs._keras import (
     Sandbox,
     Step,
     flat_layers,
-    get_keras_mask,
-    in_metrics,
     in_symbolic_scope,
-    model_being_built,
-    reduce_weighted_values,
     running_step,
     squeeze_or_expand_to_same_rank,
     torch_processes,
     variables_can_be_assigned,
-    weighted_metrics_in_use,
+    weighted_metrics_of,
 )
 from lossargs._live import StepValues, get_step_values
 from lossargs._values import describe_lists, map_leaves, to_tensors
@@ -40,40 +34,80 @@ SAMPLE_WEIGHT = "sample_weight"  # the batch entry that is the ordinary sample w
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
-    """A call of a bound loss."""
+class Inputs:
+    """All that the losses of an output receive in one step, besides targets and predictions."""
 
-    loss: Any
-    weight: Any  # of the samples, or `None`
-    extra: Mapping[str, Any]  # arguments of the call, by name
     batch: Mapping[str, Any]  # arguments in the batch, by name
-    values: Sequence[StepValues]  # came with the predictions
+    values: Sequence[StepValues]  # carried by the predictions
     step: Step | None  # that is running; `None` in a user's own loop
-    reduction: Any  # of the losses of the samples
+
+
+class Call(keras.losses.Loss):
+    """A bound loss in one step, as a Keras loss. Functions receive inner losses in this form.
+
+    `Loss.__call__` of Keras converts, masks, weights and reduces, by `name`, `dtype` and
+    `reduction`.
+    """
+
+    def __init__(
+        self,
+        loss: Any,
+        inputs: Inputs,
+        *,
+        weight: Any = None,  # of the samples
+        extra: Mapping[str, Any] | None = None,  # arguments of the call, by name
+        reduction: str | None = None,  # of the losses of the samples
+    ) -> None:
+        self.loss = loss
+        self.inputs = inputs
+        self.weight = weight
+        self.extra = extra or {}
+        self.reduction = reduction
 
     @classmethod
     def of(cls, loss: Any, y_pred: Any, sample_weight: Any, extra: Mapping[str, Any]) -> "Call":
-        """Return the call of a loss with what a user or Keras gives it."""
-        batch, weight = _split(loss, sample_weight)
+        """Return the call of a loss with the arguments of its `__call__`."""
         is_symbolic = in_symbolic_scope()
-        # TensorFlow runs this code only in a trace, the others build the model first.
+        values = [] if is_symbolic else get_step_values(y_pred)
+        step = values[0].step if values else running_step()
+        # TensorFlow runs this code only in a trace. The others build the model first.
         if loss.holds_live and (is_symbolic or keras.backend.backend() == "tensorflow"):
             _refuse_metrics(loss)
-        values = [] if is_symbolic else get_step_values(y_pred)
-        step = values[0].step if values else _step_being_built() if is_symbolic else running_step()
-        return cls(loss, weight, extra, batch, values, step, loss.reduction)
+        batch, weight = _split(loss, sample_weight, step)
+        inputs = Inputs(batch, values, step)
+        return cls(loss, inputs, weight=weight, extra=extra, reduction=loss.reduction)
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None, **extra: Any) -> Any:
+        """Return one number per sample; called by the function that received an inner loss."""
+        call = Call(self.loss, self.inputs, weight=sample_weight, extra=extra)
+        return call.evaluate(y_true, y_pred)
+
+    @property
+    def name(self) -> str:
+        """The name of the loss."""
+        return str(self.loss.name)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the loss."""
+        return str(self.loss.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "loss"), name)
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self.loss == (other.loss if isinstance(other, Call) else other))
+
+    def __hash__(self) -> int:
+        return hash(self.loss)
 
     @property
     def model(self) -> Any:
         """The model that runs the step, or is built; `None` in a user's own loop."""
-        return self.step and self.step.model
-
-    def for_loss(self, loss: Any, **changes: Any) -> "Call":
-        """Return the call of another loss with the same batch and predictions."""
-        return dataclasses.replace(self, loss=loss, **changes)
+        return self.inputs.step and self.inputs.step.model
 
     def evaluate(self, y_true: Any, y_pred: Any) -> Any:
-        """Return the loss of a batch, and check what the function reads."""
+        """Return the loss of a batch, and check which variables the function reads."""
         # TensorFlow and JAX run this code only in traces.
         is_torch = keras.backend.backend() == "torch"
         if self.model is None or (is_torch and self.model in self.loss.checked_models):
@@ -99,8 +133,8 @@ class Call:
         loss, function = self.loss, self.loss.loss_function
         function.check_names(self.extra, f"{function.name} was called with")
         args = dict(loss.bound_args)
-        args |= {name: value for name, value in self.batch.items() if loss.takes(name)}
-        values = [one for one in self.values if loss in one.losses()]
+        args |= {name: value for name, value in self.inputs.batch.items() if loss.takes(name)}
+        values = [one for one in self.inputs.values if loss in one.losses()]
         for one in values:
             args |= one.args_of(loss)
         args |= self.extra
@@ -128,7 +162,7 @@ class Call:
 
     def _not_attached(self, names: Sequence[str]) -> AttachError:
         what = f"{self.loss!r} has live arguments ({listed(names)}), and "
-        attached = [loss for values in self.values for loss in values.losses()]
+        attached = [loss for values in self.inputs.values for loss in values.losses()]
         attached = attached or [layer.loss for layer in attached_layers(self.model)]
         others = [loss for loss in attached if loss is not self.loss]
         if others:
@@ -147,53 +181,31 @@ class Call:
     # Evaluation.
 
     def _reduce(self, y_true: Any, y_pred: Any) -> Any:
-        """Return what Keras makes of a plain function given to `compile`."""
-        args = self._resolve_args()
+        self._args = self._resolve_args()
+        targets = () if y_true is None else y_true  # `None` is a leaf to Keras
         try:
-            return self._reduce_as_keras(y_true, y_pred, args)
+            return super().__call__(targets, y_pred, self.weight)
         except Exception as error:
-            self._explain(error, y_true, y_pred, args)
+            self._explain(error, y_true, y_pred)
             raise
 
-    def _reduce_as_keras(self, y_true: Any, y_pred: Any, args: Mapping[str, Any]) -> Any:
-        mask, dtype = get_keras_mask(y_pred), self.loss.dtype
-        are_tensors = keras.ops.is_tensor(y_true) and keras.ops.is_tensor(y_pred)
-
-        def convert(tensor: Any) -> Any:
-            return keras.ops.convert_to_tensor(tensor, dtype=dtype)
-
-        with keras.name_scope(self.loss.name):
-            y_pred = _map(convert, y_pred)
-            if y_true is not None:  # as in `fit(x)`
-                y_true, y_pred = _of_same_rank(_map(convert, y_true), y_pred)
-            values = self._call_function(y_true, y_pred, args)
-            own_mask = get_keras_mask(values)
-            if own_mask is not None:
-                mask = own_mask if mask is None else mask & own_mask
-            values = convert(values)
-            size = math.prod(values.shape) if keras.backend.backend() == "torch" else 0
-            is_plain = are_tensors and mask is None and self.weight is None
-            if size and is_plain and self.reduction == "sum_over_batch_size":
-                # In fewer steps than Keras takes. Compilers take out the others, PyTorch does not.
-                total: Any = keras.ops.sum(values)
-                return total / size
-            return reduce_weighted_values(
-                values, self.weight, mask=mask, reduction=self.reduction, dtype=dtype
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """Return the loss of each sample; called by Keras's `Loss.__call__` with tensors."""
+        name = self.loss.loss_function.name
+        if isinstance(y_true, tuple) and not y_true:
+            y_true = None
+        else:
+            pairs = keras.tree.map_structure(squeeze_or_expand_to_same_rank, y_true, y_pred)
+            y_true, y_pred = (
+                keras.tree.map_structure_up_to(y_true, lambda pair, i=i: pair[i], pairs)
+                for i in (0, 1)
             )
 
-    def _call_function(self, y_true: Any, y_pred: Any, args: Mapping[str, Any]) -> Any:
-        """Call the user's function with all arguments, and check what it returns."""
-        loss, name = self.loss, self.loss.loss_function.name
-
-        def inner(leaf: Any) -> Any:
-            is_inner = isinstance(leaf, keras.losses.Loss) and leaf in loss.inner_losses
-            return _InnerLoss(leaf, self) if is_inner else leaf
-
         def call(changed: Mapping[str, Any]) -> Any:
-            given = {n: to_tensors(v, loss.dtype, n) for n, v in {**args, **changed}.items()}
-            if loss.inner_losses:
-                given = {n: map_leaves(v, inner) for n, v in given.items()}
-            return loss.loss_function.fn(y_true, y_pred, **given)
+            given = {n: to_tensors(v, self.dtype, n) for n, v in {**self._args, **changed}.items()}
+            if self.loss.inner_losses:
+                given = {n: map_leaves(v, self._inner) for n, v in given.items()}
+            return self.loss.loss_function.fn(y_true, y_pred, **given)
 
         values = call({})
         if isinstance(values, keras.KerasTensor):
@@ -210,14 +222,18 @@ class Call:
                 "keras.ops.mean(..., axis=-1)."
             )
         self._check_broadcast(values, y_pred, call)
-        return values
+        return keras.ops.convert_to_tensor(values, dtype=self.dtype)
+
+    def _inner(self, leaf: Any) -> Any:
+        is_inner = isinstance(leaf, keras.losses.Loss) and leaf in self.loss.inner_losses
+        return Call(leaf, self.inputs) if is_inner else leaf
 
     def _check_broadcast(self, values: Any, y_pred: Any, call: Callable[..., Any]) -> None:
         """Raise if an entry of shape `(N,)` makes a square of the losses of `N` samples."""
         shape = _shape(values)
-        if not self.batch or len(shape) != 2 or shape[0] != shape[1]:
+        if not self.inputs.batch or len(shape) != 2 or shape[0] != shape[1]:
             return
-        for name, entry in self.batch.items():
+        for name, entry in self.inputs.batch.items():
             if len(_shape(entry)) != 1 or not self.loss.takes(name):
                 continue
             try:
@@ -264,47 +280,32 @@ class Call:
             f"Pass it: def {name}(y_true, y_pred, tensor): ..., and attach(model, {name}(tensor))."
         )
 
-    def _explain(self, error: Exception, y_true: Any, y_pred: Any, args: Mapping[str, Any]) -> None:
-        """Add to an exception of the user's function what the function was called with."""
+    def _explain(self, error: Exception, y_true: Any, y_pred: Any) -> None:
+        """Add to an exception of the user's function the arguments of the function."""
         if isinstance(error, LossArgsError):  # these name the argument themselves
             return
         name = self.loss.loss_function.name
         if "KerasTensor" in str(error):
             raise self._symbolic_tensor_outside() from error
         samples, parts = _shape(y_pred)[:1], []
-        for argument, value in {"y_true": y_true, "y_pred": y_pred, **args}.items():
+        for argument, value in {"y_true": y_true, "y_pred": y_pred, **self._args}.items():
             part = f"{argument}: {type(value).__name__}"
             if keras.ops.is_tensor(value) or isinstance(value, np.ndarray):
                 dtype = getattr(value.dtype, "name", str(value.dtype).removeprefix("torch."))
                 part = f"{argument}: {dtype} {_shape(value)}"
                 size = _shape(value)[:1]
                 is_known = None not in (*size, *samples)
-                if argument in self.batch and size and samples and is_known and size != samples:
+                if (
+                    argument in self.inputs.batch
+                    and size
+                    and samples
+                    and is_known
+                    and size != samples
+                ):
                     part += f", which are {size[0]} for the {samples[0]} of y_pred"
             parts.append(part)
         note = f"It was raised in the loss {name}, called with {'; '.join(parts)}."
-        error.add_note(f"{note} {describe_lists(args)}".rstrip())
-
-
-class _InnerLoss(keras.losses.Loss):
-    """A bound loss as the function of another one calls it: one number for each sample."""
-
-    def __init__(self, loss: Any, call: Call) -> None:
-        self._loss = loss
-        self._call = call
-
-    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None, **extra: Any) -> Any:
-        call = self._call.for_loss(self._loss, weight=sample_weight, extra=extra, reduction=None)
-        return call.evaluate(y_true, y_pred)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_loss"), name)
-
-    def __eq__(self, other: object) -> bool:
-        return bool(self._loss == (other._loss if isinstance(other, _InnerLoss) else other))
-
-    def __hash__(self) -> int:
-        return hash(self._loss)
+        error.add_note(f"{note} {describe_lists(self._args)}".rstrip())
 
 
 def build(call: Call, y_true: Any, y_pred: Any) -> Any:
@@ -333,15 +334,9 @@ def attached_layers(model: Any) -> list[Any]:
     return [layer for layer in layers if hasattr(layer, "get_losses")]
 
 
-def _step_being_built() -> Step | None:
-    model = model_being_built()
-    if model is None:
-        return None
-    return Step(weakref.ref(model), training=False, has_loss=True, keeps_state=False)
-
-
 def _refuse_metrics(loss: Any) -> None:
-    if in_metrics():
+    step = running_step()
+    if step is not None and step.method == "compute_metrics":
         raise AttachError(
             f"{loss!r} has live arguments, and was given to compile as a metric. Metrics are "
             "computed outside the step of the model, where these have no value. Let the model "
@@ -349,7 +344,7 @@ def _refuse_metrics(loss: Any) -> None:
         )
 
 
-def _split(loss: Any, sample_weight: Any) -> tuple[Mapping[str, Any], Any]:
+def _split(loss: Any, sample_weight: Any, step: Step | None) -> tuple[Mapping[str, Any], Any]:
     """Return the extra arguments and the sample weight in the third element of the data."""
     if not isinstance(sample_weight, Mapping):
         return {}, sample_weight
@@ -377,7 +372,7 @@ def _split(loss: Any, sample_weight: Any) -> tuple[Mapping[str, Any], Any]:
             )
     # Keras weights such a metric by the first entry of the dict, in the order of its keys.
     first = min(sample_weight) if batch else SAMPLE_WEIGHT
-    metrics = weighted_metrics_in_use() if first != SAMPLE_WEIGHT else None
+    metrics = weighted_metrics_of(step and step.model) if first != SAMPLE_WEIGHT else None
     if metrics:
         raise BatchError(
             f"weighted_metrics={metrics} would be weighted by the batch entry {first!r}, since "
@@ -385,20 +380,6 @@ def _split(loss: Any, sample_weight: Any) -> tuple[Mapping[str, Any], Any]:
             "metrics=[...], without weights."
         )
     return batch, sample_weight.get(SAMPLE_WEIGHT)
-
-
-def _map(function: Callable[..., Any], value: Any) -> Any:
-    """Return a value that is mostly one tensor, converted."""
-    if keras.ops.is_tensor(value):
-        return function(value)
-    return keras.tree.map_structure(function, value)
-
-
-def _of_same_rank(y_true: Any, y_pred: Any) -> Any:
-    if keras.ops.is_tensor(y_true) and keras.ops.is_tensor(y_pred):
-        return squeeze_or_expand_to_same_rank(y_true, y_pred)
-    pairs = keras.tree.map_structure(squeeze_or_expand_to_same_rank, y_true, y_pred)
-    return [keras.tree.map_structure_up_to(y_true, lambda p, i=i: p[i], pairs) for i in (0, 1)]
 
 
 def _is_one_number(values: Any, sample_weight: Any) -> bool:

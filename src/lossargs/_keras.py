@@ -1,11 +1,9 @@
-"""All that lossargs needs from Keras and that has no public form.
-
-If a Keras release moves one of these names, this is the file to mend, and the only one.
-"""
+"""All private names of Keras that lossargs uses: the one file to fix when Keras moves them."""
 
 import dataclasses
 import functools
 import inspect
+import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -13,36 +11,23 @@ from types import CodeType, FrameType
 from typing import Any
 
 import keras
-
-# What a layer gives for symbolic tensors, found out by calling it.
 from keras.src.backend import compute_output_spec
 from keras.src.backend.common.global_state import get_global_attribute
-
-# A mask travels on the tensor that it is for.
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.common.stateless_scope import in_stateless_scope
-
-# Before the first step Keras builds the loss with stand-ins, which did not come from the model.
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
-# Attributes of tensors, also of the tracers of JAX, which take none.
+# Attributes of tensors, also of JAX tracers, which have no attributes of their own.
 from keras.src.backend.common.tensor_attributes import get_tensor_attr, set_tensor_attr
-
-# The scope in which variables are read in the precision of a layer, or, with `None`, in their own.
 from keras.src.backend.common.variables import AutocastScope
 
-# What Keras makes of a plain function given to `compile(loss=...)`: rank squeezing, masks, weights
-# and reductions. The replicas of `tf.distribute` get losses scaled by their number, logs are not.
+# `compile` does this to a plain function: rank squeezing, masks, weights and reductions.
 from keras.src.losses.loss import (
     reduce_weighted_values,
     squeeze_or_expand_to_same_rank,
     unscale_loss_for_distribution,
 )
-
-# What `keras.Model(inputs, outputs)` makes.
 from keras.src.models.functional import Functional
-
-# How Keras names a function in the logs.
 from keras.src.utils.naming import get_object_name
 
 
@@ -132,17 +117,17 @@ class LayerOfOthers(keras.Layer):
 
 
 def allow_any_arguments(layer: keras.Layer) -> None:
-    """Let a layer be called with what is no tensor, a list of them say, without Keras's refusal."""
+    """Let a layer be called with positional arguments that are not tensors, e.g. lists."""
     layer._allow_non_tensor_positional_args = True
 
 
 def is_autocast(variable: keras.Variable) -> bool:
-    """Whether a variable is read in the precision of the layer that reads it."""
+    """Return whether a variable is read in the precision of the layer that reads it."""
     return bool(variable._autocast)
 
 
 def in_sharing_scope() -> bool:
-    """Whether objects are written to a config by which one object, met twice, loads as one."""
+    """Return whether Keras writes a config in which a shared object stays one object."""
     return get_global_attribute("shared_objects/id_to_config_map") is not None
 
 
@@ -152,11 +137,11 @@ def in_legacy_saving() -> bool:
 
 
 def flat_layers(model: keras.Layer) -> list[keras.Layer]:
-    """The model itself and all its layers, at any depth."""
+    """Return a model and all its layers, at any depth."""
     return list(model._flatten_layers())
 
 
-# A loss and a layer never see the model they are in, but the model stands on the call stack.
+# Keras does not tell a loss or a layer which model calls it. The call stack does.
 
 
 def _method_calls(cls: type, *names: str) -> Iterator[tuple[FrameType, Any]]:
@@ -192,13 +177,10 @@ def _code_of(method: str) -> CodeType | None:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The step of `fit`, `evaluate`, `predict` or `train_on_batch` that is running."""
+    """A step that a model runs, or the symbolic build before the first one."""
 
-    reference: (
-        Callable[[], Any] | None
-    )  # weak, to the model; `None` where PyTorch compiles the step
-    training: bool
-    has_loss: bool
+    method: str  # of the model, e.g. "train_step"
+    reference: Callable[[], Any] | None  # weak, to the model; `None` under `torch.compile`
     keeps_state: bool  # of variables that are assigned in the loss
 
     @property
@@ -206,30 +188,25 @@ class Step:
         """The model, or `None`."""
         return self.reference and self.reference()
 
+    @property
+    def training(self) -> bool:
+        """Whether the step trains the model."""
+        return self.method == "train_step"
+
 
 def running_step() -> Step | None:
     """Return the step that a model runs, or `None` in a user's own loop."""
     if is_compiled_by_torch():
         # A look at the stack would break the graph. Keras evaluates without gradients.
-        return Step(None, sys.modules["torch"].is_grad_enabled(), has_loss=True, keeps_state=True)
+        method = "train_step" if sys.modules["torch"].is_grad_enabled() else "test_step"
+        return Step(method, None, keeps_state=True)
     keeps_state = keras.backend.backend() != "jax"
-    names = ("train_step", "test_step", "predict_step", "compute_loss_and_updates")
-    for frame, model in _method_calls(keras.Model, *names):
-        name = frame.f_code.co_name
-        if name != "compute_loss_and_updates":
-            return Step(
-                weakref.ref(model), name == "train_step", name != "predict_step", keeps_state
-            )
+    steps = ("train_step", "test_step", "predict_step", "compute_metrics", "_symbolic_build")
+    for frame, model in _method_calls(keras.Model, "compute_loss_and_updates", *steps):
+        if frame.f_code.co_name in steps:
+            return Step(frame.f_code.co_name, weakref.ref(model), keeps_state)
         # On JAX only Keras's own step evaluates the loss with the state of the model.
-        if frame.f_code is _code_of("Model.compute_loss_and_updates"):
-            keeps_state = True
-    return None
-
-
-def model_being_built() -> Any:
-    """Return the model that Keras builds symbolically before its first step, or `None`."""
-    for _, model in _method_calls(keras.Model, "_symbolic_build"):
-        return model
+        keeps_state |= frame.f_code is _code_of("Model.compute_loss_and_updates")
     return None
 
 
@@ -266,21 +243,17 @@ def give_variables_back() -> None:
     if keras.backend.backend() != "jax":
         return
     for frame, model in _method_calls(keras.Model, "fit", "evaluate"):
-        if frame.f_code is not _code_of(f"Model.{frame.f_code.co_name}"):
-            continue  # an override, which calls that of Keras
-        trained = [model.optimizer.variables] if frame.f_code.co_name == "fit" else []
-        taken = [
-            model.trainable_variables,
-            model.non_trainable_variables,
-            *trained,
-            model.metrics_variables,
-        ]
-        for variables, values in zip(taken, frame.f_locals.get("state", ()), strict=False):
+        method = frame.f_code.co_name
+        if frame.f_code is _code_of(f"Model.{method}"):  # and not an override
+            taken = [model.trainable_variables, model.non_trainable_variables]
+            taken += [model.optimizer.variables] if method == "fit" else []
+            variables = itertools.chain(*taken, model.metrics_variables)
+            values = itertools.chain(*frame.f_locals.get("state", ()))
             for variable, value in zip(variables, values, strict=False):
                 if variable._value is None:
                     variable._value = value
-        model._jax_state_synced = True  # Keras has older values
-        return
+            model._jax_state_synced = True  # Keras has older values
+            return
 
 
 class _InEpochs:
@@ -336,7 +309,7 @@ def follow_in_epochs(variable: keras.Variable, model: keras.Model) -> None:
 
 
 def torch_processes() -> int:
-    """How many processes of `torch.distributed` train together; Keras's `fit` knows of none."""
+    """Return the number of processes of `torch.distributed` that train together."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return 1
@@ -344,37 +317,26 @@ def torch_processes() -> int:
 
 
 def metric_names(model: keras.Model) -> set[str]:
-    """The names in the logs of the losses and of the metrics given to `compile`."""
+    """Return the names in the logs of the losses and of the metrics given to `compile`."""
     compiled = getattr(model, "_compile_metrics", None)
-    given = [
-        getattr(compiled, "_user_metrics", None),
-        getattr(compiled, "_user_weighted_metrics", None),
-    ]
-    metrics = [metric for metric in keras.tree.flatten(given) if metric is not None]
+    kinds = ("_user_metrics", "_user_weighted_metrics")
+    metrics = keras.tree.flatten([getattr(compiled, kind, None) for kind in kinds])
     outputs = getattr(model, "output_names", None) or []
     losses = [f"{name}_loss" for name in outputs] if len(outputs) > 1 else []
-    return {"loss", *losses, *(m if isinstance(m, str) else get_object_name(m) for m in metrics)}
+    names = [m if isinstance(m, str) else get_object_name(m) for m in metrics if m is not None]
+    return {"loss", *losses, *names}
 
 
-def in_metrics() -> bool:
-    """Return whether the caller is evaluated as a metric."""
-    for frame, _ in _method_calls(keras.Model, "compute_metrics", "compute_loss"):
-        return frame.f_code.co_name == "compute_metrics"
-    return False
-
-
-def weighted_metrics_in_use() -> Any:
-    """Return the `weighted_metrics` of the model that is computing its loss, or `None`."""
-    for _, model in _method_calls(keras.Model, "_compute_loss"):
-        return getattr(getattr(model, "_compile_metrics", None), "_user_weighted_metrics", None)
-    return None
+def weighted_metrics_of(model: Any) -> Any:
+    """Return the `weighted_metrics` that a model was compiled with, or `None`."""
+    return getattr(getattr(model, "_compile_metrics", None), "_user_weighted_metrics", None)
 
 
 # The graph of a Functional model.
 
 
 def keeps_constructor(model: Any, base: type) -> bool:
-    """Whether a model of this class can be made as one of the base class is."""
+    """Return whether a model of this class is constructed as one of the base class is."""
     own = inspect.getfullargspec(type(model).__init__)
     known = inspect.getfullargspec(vars(base)["__init__"])
     return own.args == known.args or bool(own.varargs and own.varkw)
@@ -416,7 +378,7 @@ def copy_own_state(model: Any, new: Any, base: type) -> None:
 
 
 def producer(tensor: keras.KerasTensor) -> tuple[Any, list[keras.KerasTensor]]:
-    """The layer or operation that a symbolic tensor comes from, and what that was called with."""
+    """Return the layer or operation that made a symbolic tensor, and its input tensors."""
     operation, node, _ = vars(tensor)["_keras_history"]
     return operation, operation._inbound_nodes[node].input_tensors
 
@@ -452,5 +414,5 @@ def ancestors(
 
 
 def own_variables(layer: keras.Layer) -> list[keras.Variable]:
-    """The weights that a layer keeps itself, without those of its layers."""
+    """Return the weights of a layer, without those of its sublayers."""
     return [*layer._trainable_variables, *layer._non_trainable_variables]

@@ -1,4 +1,4 @@
-"""`LossArgs`: the layer that keeps live arguments and hands them to the loss in each step."""
+"""`LossArgs`: the layer that holds live arguments and passes them to the loss in each step."""
 
 import dataclasses
 import weakref
@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import keras
-import numpy as np
 
+from lossargs._adapters import VariableAdapter
+from lossargs._call import Call
 from lossargs._errors import AttachError, LossArgsError, SavingError, listed, nearest
 from lossargs._keras import (
     AutocastScope,
@@ -23,73 +24,27 @@ from lossargs._keras import (
     in_sharing_scope,
     in_symbolic_scope,
     metric_names,
-    model_being_built,
     own_variables,
     running_step,
     unscale_loss_for_distribution,
     variables_can_be_assigned,
 )
-from lossargs._live import Adapter, StepValues, VariableAdapter, adapter_of, set_step_values
+from lossargs._live import Adapter, StepValues, adapter_of, set_step_values
+from lossargs._logs import LiveArg, LiveValue, TrackedLoss, check_names, settle_names
 from lossargs._loss import BoundLoss
-from lossargs._serialization import checked, load_object, reading
+from lossargs._serialization import load_object, reading
 from lossargs._values import cache_key, is_live
 
-# Stands for NaN, which processes that compare what they start with would find different.
-_UNREPORTED = float(np.finfo("float32").min)
-
-
-class LiveValue(keras.Metric):
-    """A live argument in the logs: its value in the last step; NaN if none was reported."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name=name)
-        self.last = self.add_variable(
-            shape=(),
-            initializer=keras.initializers.Constant(_UNREPORTED),
-            name="last",
-            aggregation="only_first_replica",
-        )
-
-    def update_state(self, value: Any) -> None:
-        self.last.assign(keras.ops.cast(keras.ops.stop_gradient(value), self.last.dtype))
-
-    def reset_state(self) -> None:
-        self.last.assign(_UNREPORTED)
-
-    def result(self) -> Any:
-        # On torch also a copy: the value itself would change later.
-        last = self.last.value
-        return keras.ops.where(last == _UNREPORTED, np.nan, last)
-
-
-class TrackedLoss(keras.metrics.Mean):
-    """A tracked loss in the logs: its mean over the samples; NaN if none was reported."""
-
-    def result(self) -> Any:
-        return keras.ops.where(self.count > 0, super().result(), np.nan)
-
 
 @dataclasses.dataclass(frozen=True)
-class LiveArg:
-    """A live argument of one of the losses of a layer."""
+class _Contents:
+    """Parts of a layer that Keras would wrap or track as its attributes."""
 
-    loss: BoundLoss
-    name: str  # of the argument
-    label: str  # of the argument, and the place of the value in it
-    key: Any  # equal for two arguments that have one value
-    adapter: Adapter
-    metric: LiveValue | None  # logs the value, if it is a scalar
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What Keras should not track, nor wrap, as attributes of the layer."""
-
+    losses: dict[BoundLoss, dict[str, Any]]  # with trees of the adapters of their arguments
     adapters: dict[Any, Adapter]  # by the keys of the values
-    losses: dict[BoundLoss, dict[str, Any]]  # with an adapter for each live value
     live: tuple[LiveArg, ...]
-    logged: tuple[tuple[LiveValue, int], ...]  # with the place of the adapter
-    tracked: tuple[tuple[BoundLoss, keras.Metric], ...]
+    logged: tuple[tuple[LiveValue, Adapter], ...]
+    tracked: tuple[tuple[BoundLoss, TrackedLoss], ...]
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
@@ -137,8 +92,8 @@ class LossArgs(keras.Layer):
     def __init__(self, loss: BoundLoss, *, track: Iterable[BoundLoss] = (), **kwargs: Any) -> None:
         kept: Mapping[Any, Adapter] = kwargs.pop("kept", {})  # of a layer that this one replaces
         # The names of the inputs that `attach` added; `None` if it was given tensors.
-        new_inputs: list[str] | None = kwargs.pop("new_inputs", None)
-        # No mixed policy, and nothing is cast: what goes through this layer stays as it is.
+        new_inputs: Iterable[str] | None = kwargs.pop("new_inputs", None)
+        # No mixed policy: values and predictions keep their precision.
         super().__init__(**{**kwargs, "dtype": keras.config.floatx(), "autocast": False})
         self.supports_masking = True
         allow_any_arguments(self)
@@ -147,69 +102,66 @@ class LossArgs(keras.Layer):
         for one in (loss, *track):
             check_is_bound(one)
         check_names(["loss", *(one.name for one in track)], "track=[...]")
-        losses = dict.fromkeys(
-            inner for one in (loss, *track) for inner in (one, *one.inner_losses)
-        )
         adapters: dict[Any, Adapter] = {}
-        metrics: dict[tuple[str, Any], LiveValue] = {}
+
+        def adapter(leaf: Any) -> Any:
+            if not is_live(leaf):
+                return leaf
+            key = cache_key(leaf)
+            if key not in adapters:
+                is_kept = key in kept
+                adapters[key] = kept[key].for_another_layer() if is_kept else adapter_of(leaf)
+            return adapters[key]
+
+        losses = {
+            inner: inner.live_args(adapter)
+            for one in (loss, *track)
+            for inner in (one, *one.inner_losses)
+        }
+        metrics: dict[tuple[str, Adapter], LiveValue] = {}
         live = []
         for one in losses:
             for name, label, leaf in one.live_leaves():
-                key = cache_key(leaf)
-                if key not in adapters:
-                    is_kept = key in kept
-                    adapters[key] = kept[key].for_another_layer() if is_kept else adapter_of(leaf)
-                if adapters[key].shape == () and (label, key) not in metrics:
-                    metrics[label, key] = LiveValue(label)
-                live.append(
-                    LiveArg(one, name, label, key, adapters[key], metrics.get((label, key)))
-                )
-
-        def keep(leaf: Any) -> Any:
-            return adapters[cache_key(leaf)] if is_live(leaf) else leaf
-
-        self.adapters = list(dict.fromkeys(adapters.values()))  # for Keras to find them
-        place = {adapter: place for place, adapter in enumerate(self.adapters)}
-        self._plan = _Plan(
-            adapters=adapters,
-            losses={one: one.live_args(keep) for one in losses},
-            live=tuple(live),
-            logged=tuple((metric, place[adapters[key]]) for (_, key), metric in metrics.items()),
-            tracked=tuple((one, TrackedLoss(name=one.name)) for one in track),
-        )
+                logged = (label, adapter(leaf))
+                if logged[1].shape == () and logged not in metrics:
+                    metrics[logged] = LiveValue(label)
+                live.append(LiveArg(one, name, *logged, metrics.get(logged)))
+        tracked = tuple((one, TrackedLoss(name=one.name)) for one in track)
+        logged = tuple((metric, adapter) for (_, adapter), metric in metrics.items())
+        self._contents = _Contents(losses, adapters, tuple(live), logged, tracked)
+        # For Keras to find them.
+        self.adapters = list(dict.fromkeys(adapters.values()))
+        self.logged = [*metrics.values(), *(metric for _, metric in tracked)]
         self.loss = loss
         self._reference = weakref.ref(self)
         self._given: set[str] = set()  # names of arguments in calls of this layer
         self._prepared: weakref.WeakSet[keras.Model] = weakref.WeakSet()
         self.new_inputs = None if new_inputs is None else tuple(new_inputs)
         self.unsaved = ""  # why this layer cannot be saved
-        self.logged = [*metrics.values(), *(metric for _, metric in self._plan.tracked)]
         for one in losses:
             one.layers.add(self)
 
-    @property
-    def live(self) -> Sequence[LiveArg]:
-        """The live arguments of all the losses."""
-        return self._plan.live
-
-    # No properties: Keras looks for weights in all of these.
+    # No properties: Keras looks for weights in the values of all properties.
     def get_losses(self) -> Mapping[BoundLoss, Any]:
-        """Return all the losses that get values from this layer, with trees of their adapters."""
-        return self._plan.losses
+        """Return the losses that receive values from this layer, with trees of their adapters."""
+        return self._contents.losses
+
+    def get_live(self) -> Sequence[LiveArg]:
+        """Return the live arguments of these losses."""
+        return self._contents.live
 
     @property
     def track(self) -> tuple[BoundLoss, ...]:
-        """The losses that are evaluated for the logs only."""
-        return tuple(loss for loss, _ in self._plan.tracked)
+        """The losses that are evaluated only for the logs."""
+        return tuple(loss for loss, _ in self._contents.tracked)
 
     def adapters_by_key(self) -> dict[Any, Adapter]:
         """Return the adapters by the keys of their values."""
-        return dict(self._plan.adapters)
+        return dict(self._contents.adapters)
 
-    @property
-    def tensors(self) -> list[Any]:
-        """The symbolic tensors that the adapters read; `None` where there is none."""
-        return [adapter.tensor for adapter in self.adapters if adapter.reads_tensor]
+    def readers(self) -> list[Adapter]:
+        """Return the adapters that read a tensor."""
+        return [adapter for adapter in self.adapters if adapter.reads_tensor]
 
     def __call__(
         self,
@@ -246,17 +198,12 @@ class LossArgs(keras.Layer):
             named["training"], training = training, None  # the user's argument, not Keras's
         # In one dict: by itself, `mask` would be a mask to Keras.
         given = {**(given or {}), **named}
-        if keras.backend.backend() == "torch" and not isinstance(y_pred, keras.KerasTensor):
-            # All else that Keras does around a call does not concern this layer, and on PyTorch it
-            # is done in each step, where it takes longer than a small layer computes.
-            with AutocastScope(None):
-                return self.call(y_pred, tensors, given)
-        options = {} if training is None else {"training": training}
-        return super().__call__(y_pred, tensors, given, **options)
-
-    def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
-        """Under `keras.RematScope` as without: the values must not be computed a second time."""
-        return layer_call
+        if isinstance(y_pred, keras.KerasTensor):
+            options = {} if training is None else {"training": training}
+            return super().__call__(y_pred, tensors, given, **options)
+        # The rest of Keras's call converts, casts and counts, which must not happen here.
+        with AutocastScope(None):
+            return self.call(y_pred, tensors, given)
 
     def call(
         self,
@@ -264,14 +211,13 @@ class LossArgs(keras.Layer):
         tensors: Sequence[Any] = (),
         given: Mapping[str, Any] | None = None,
     ) -> Any:
-        """As `__call__`, with all arguments by name in `given`."""
+        """Return the predictions, as `__call__`, with all arguments by name in `given`."""
         given = dict(given or {})
-        if in_symbolic_scope():  # Keras hides errors that a layer raises here
-            model = model_being_built()
-            if model is not None:
-                self._prepared.discard(model)  # it may be compiled with another loss
-            return y_pred
         step = running_step()
+        if in_symbolic_scope():  # Keras hides errors that a layer raises here
+            if step is not None and step.model is not None:
+                self._prepared.discard(step.model)  # it may be compiled with another loss
+            return y_pred
         try:
             self._check(tensors, given)
             if step is not None and step.model is not None:
@@ -281,7 +227,8 @@ class LossArgs(keras.Layer):
             raise
         self._given.update(given)
         inputs = iter(tensors)
-        by_adapter = {one.adapter: given[one.label] for one in self.live if one.label in given}
+        live = self._contents.live
+        by_adapter = {one.adapter: given[one.label] for one in live if one.label in given}
         read = []
         for adapter in self.adapters:
             tensor = next(inputs, None) if adapter.reads_tensor else None
@@ -324,20 +271,24 @@ class LossArgs(keras.Layer):
                     f"LossArgs({self.loss!r}) was called with {name!r}, which none of its losses "
                     f"takes.{nearest(name, known)}"
                 )
-        for one in self.live:
+        for one in self._contents.live:
             if not one.adapter.reads_tensor and one.name in given:
                 raise AttachError(
                     f"{one.label!r} of {one.loss!r} was given twice: bound, and in the call of "
                     "LossArgs. Leave it out of one of them."
                 )
-        readers = [adapter for adapter in self.adapters if adapter.reads_tensor]
+        readers = self.readers()
         if tensors and len(tensors) != len(readers):
             raise AttachError(
                 f"LossArgs({self.loss!r}) was called with {len(tensors)} tensors in a list, and "
                 f"reads {len(readers)}. Give tensors by name, self.loss_args(y_pred, name=...)."
             )
         fed = {a for a, tensor in zip(readers, tensors, strict=False) if tensor is not None}
-        unfed = [one for one in self.live if one.adapter.reads_tensor and one.adapter not in fed]
+        unfed = [
+            one
+            for one in self._contents.live
+            if one.adapter.reads_tensor and one.adapter not in fed
+        ]
         names = [one.name for one in unfed if one.name not in given]
         if names:
             raise AttachError(
@@ -348,31 +299,33 @@ class LossArgs(keras.Layer):
             )
 
     def finish_step(self, values: StepValues, call: Any, y_true: Any, y_pred: Any) -> None:
-        """Log the live scalars and the tracked losses, and let the adapters go on.
+        """Log live scalars and tracked losses, and advance the adapters.
 
-        The loss calls this when it was evaluated.
+        The loss calls this method after its evaluation.
         """
-        if call.step is None or not variables_can_be_assigned():
+        step = values.step
+        if step is None or not variables_can_be_assigned():
             return
-        for metric, place in self._plan.logged:
-            metric.update_state((values.values or ())[place])
-        for loss, metric in self._plan.tracked:
-            tracked = call.for_loss(loss, extra={}, reduction=loss.reduction)
+        by_adapter = values.by_adapter()
+        for live_value, adapter in self._contents.logged:
+            live_value.update_state(by_adapter[adapter])
+        for loss, metric in self._contents.tracked:
+            tracked = Call(loss, call.inputs, weight=call.weight, reduction=loss.reduction)
             value = unscale_loss_for_distribution(tracked.evaluate(y_true, y_pred))
             # Weighted by batch size, as Keras does its own.
             shape: Any = keras.ops.shape(y_pred)
             size = shape[0] if len(y_pred.shape) else None
             metric.update_state(keras.ops.stop_gradient(value), sample_weight=size)
-        if call.step.training and call.step.keeps_state:
+        if step.training and step.keeps_state:
             values.finish_step()
 
     def _prepare_once(self, step: Step) -> None:
         # TensorFlow and JAX run this code only in traces.
         if keras.backend.backend() != "torch" or step.model not in self._prepared:
-            for one in self.live:
+            for one in self._contents.live:
                 if one.adapter.variable is not None:
                     follow_in_epochs(one.adapter.variable, step.model)
-            if step.has_loss:
+            if step.method != "predict_step":
                 self.prepare(step.model)
                 self._prepared.add(step.model)
 
@@ -422,7 +375,7 @@ class LossArgs(keras.Layer):
                 f"{self.loss!r} cannot be saved in the legacy HDF5 format, which knows no live "
                 'arguments. Save the model in the Keras format, model.save("model.keras").'
             )
-        for one in self.live:
+        for one in self._contents.live:
             is_variable = isinstance(one.adapter, VariableAdapter)
             owner = one.adapter.get_owner() if is_variable else None
             if owner is not None and not in_sharing_scope():
@@ -433,7 +386,7 @@ class LossArgs(keras.Layer):
                 )
         config = super().get_config()
         del config["dtype"]
-        # As objects: Keras sees then which of them several layers share.
+        # As objects: Keras then finds the ones that several layers share.
         new = None if self.new_inputs is None else list(self.new_inputs)
         return {**config, "loss": self.loss, "track": list(self.track), "new_inputs": new}
 
@@ -441,16 +394,9 @@ class LossArgs(keras.Layer):
     def from_config(cls, config: dict[str, Any]) -> Self:
         config = dict(config)
         with reading("The config of a LossArgs layer"):
-            loss = checked(config, "loss", dict, BoundLoss)
-            track = checked(config, "track", list)
-            new_inputs = checked(config, "new_inputs", list, type(None))
-            known = ("name", "trainable", "loss", "track", "new_inputs")
-            unknown = set(config) - set(known)
-            if unknown:
-                raise ValueError(f"it has entries that are unknown here, {listed(sorted(unknown))}")
-            losses = [load_object(one, BoundLoss) for one in (loss, *track)]
-            options = {name: config[name] for name in ("name", "trainable") if name in config}
-            return cls(losses[0], track=losses[1:], new_inputs=new_inputs, **options)
+            saved = [config.pop("loss"), *config.pop("track")]
+            loss, *track = [load_object(one, BoundLoss) for one in saved]
+            return cls(loss, track=track, **config)
 
 
 def _ids_of_weights(layer: keras.Layer) -> set[int]:
@@ -468,54 +414,6 @@ def check_is_bound(loss: Any) -> None:
         )
 
 
-def check_names(names: Sequence[str], where: str) -> None:
-    """Raise if two things would be logged under one name."""
-    for name in names:
-        if names.count(name) > 1:
-            raise AttachError(
-                f"{where}: {name!r} would stand for {names.count(name)} different things in the "
-                "logs. Give the losses names of their own: factory.options(name=...)(...)."
-            )
-
-
 def layers_of(model: keras.Layer) -> list[LossArgs]:
-    """The `LossArgs` layers of a model."""
+    """Return the `LossArgs` layers of a model."""
     return [layer for layer in flat_layers(model) if isinstance(layer, LossArgs)]
-
-
-def names_of(
-    layers: Iterable[LossArgs], others: Iterable[str] = ("loss",), *, by_layer: bool = True
-) -> list[tuple[str, LiveArg]]:
-    """Return the live arguments of the layers of a model with their names in the logs.
-
-    A name of different values gets the name of its loss in front; with `by_layer` that of its layer
-    where this is not enough, as in two attached models that are parts of one. `others` are further
-    names in the logs.
-
-    Raises:
-        AttachError: Two would still have one name.
-    """
-    layers = list(layers)
-    live = [(layer, one) for layer in layers for one in layer.live]
-    names = {id(one): one.label for _, one in live}
-    others = list(others)
-    for in_front in ("loss", "layer") if by_layer else ("loss",):
-        values: dict[str, set[Any]] = {name: {None} for name in others}
-        for _, one in live:
-            values.setdefault(names[id(one)], set()).add(one.key)
-        for layer, one in live:
-            if len(values[names[id(one)]]) > 1:
-                prefix = one.loss.name if in_front == "loss" else layer.name
-                names[id(one)] = f"{prefix}_{one.label}"
-    named = [(names[id(one)], one) for _, one in live]
-    distinct = dict.fromkeys((name, one.key) for name, one in named)
-    tracked = [loss.name for layer in layers for loss in layer.track]
-    check_names([*others, *(name for name, _ in distinct), *tracked], "Live arguments")
-    return named
-
-
-def settle_names(layers: Iterable[LossArgs], others: Iterable[str]) -> None:
-    """Let the live arguments of several layers of one model be logged under different names."""
-    for name, one in names_of(layers, others):
-        if one.metric is not None:
-            one.metric.name = name

@@ -1,11 +1,10 @@
-"""Kinds of live arguments: how the model keeps each, and how its value reaches the loss."""
+"""Live arguments: the base class of all kinds, and the way of their values to the loss."""
 
 import dataclasses
 import weakref
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import keras
-import numpy as np
 
 from lossargs._errors import ArgumentError
 from lossargs._keras import (
@@ -14,10 +13,9 @@ from lossargs._keras import (
     alias,
     get_tensor_attr,
     in_sharing_scope,
-    is_autocast,
     set_tensor_attr,
 )
-from lossargs._serialization import checked, decode, encode, load_object, reading
+from lossargs._serialization import load_object
 from lossargs._values import format_value, live_types, map_leaves
 
 _ATTRIBUTE = "_lossargs_steps"
@@ -45,7 +43,7 @@ class Adapter(keras.Layer):
         ArgumentError: `tensor` is not a symbolic tensor.
 
     Attributes:
-        adapts: A type whose instances are adapted by `cls(instance)` when they are bound.
+        adapts: A type. `cls(instance)` adapts its instances when they are bound.
         reads_tensor: Whether `value` needs a tensor of the batch: `tensor`, or the tensor that a
             call of `LossArgs` gives by the name of the argument.
         shape: The shape of the value, if it is known. A scalar, `()`, is logged.
@@ -103,25 +101,23 @@ class Adapter(keras.Layer):
         self.built = True
 
     def read(self, tensor: Any) -> Any:
-        """Return what `value` is computed from, as it is in the forward pass."""
+        """Return the input of `value`, in the forward pass."""
         return tensor
 
     def value(self, tensor: Any, training: bool) -> Any:
-        """Return the value for the loss; called once in a step, where the loss is evaluated.
+        """Return the value for the loss. Called once per step, when the loss is evaluated.
 
         Args:
             tensor: The values of the tensor that this adapter reads, or `None`.
-            training: Whether this is a training step, in which state may be changed.
+            training: Whether this is a training step, which may change the state.
 
         Returns:
-            A tensor, or a nested structure of tensors.
+            A tensor, a nested structure of tensors, or an object.
         """
-        raise NotImplementedError(
-            f"{type(self).__name__} has to say in `value` what the loss gets."
-        )
+        raise NotImplementedError(f"{type(self).__name__} does not define `value`.")
 
     def finish_step(self, tensor: Any) -> None:
-        """Go on to the next step, after the loss of a training step was evaluated."""
+        """Advance the state after the loss of a training step was evaluated."""
 
     @classmethod
     def of(cls, value: Any) -> "Adapter":
@@ -132,22 +128,22 @@ class Adapter(keras.Layer):
             adapter.adapted = Untracked(value)
         return adapter
 
+    def for_another_layer(self) -> "Adapter":
+        """Return an adapter with the state of this one, for another layer."""
+        return self
+
     @property
     def variable(self) -> Any:
-        """The `keras.Variable` that a user may assign, if there is one."""
+        """The `keras.Variable` that a user may assign, or `None`."""
         return None
+
+    # No property: Keras looks for weights in the values of all properties.
+    def get_bound_value(self) -> Any:
+        """Return the value that a loaded loss holds for this adapter."""
+        return self
 
     def __str__(self) -> str:
         return f"<{type(self).__name__}>"
-
-    # No property: Keras looks for weights in all of these.
-    def get_bound_value(self) -> Any:
-        """Return what a loss that was loaded holds for this adapter."""
-        return self
-
-    def for_another_layer(self) -> "Adapter":
-        """Return the adapter that goes on where this one is."""
-        return self
 
 
 _adapters: dict[type, type[Adapter]] = {}
@@ -166,8 +162,8 @@ def encode_live(value: Any) -> Any:
     """Return the Keras object that is saved for a live value: the value itself, or its adapter."""
     saved = value if hasattr(value, "get_config") else adapter_of(value)
     if in_sharing_scope():
-        # Keras marks an object as shared in the config where it meets it a second time. By then,
-        # a model may have copied the first config.
+        # Keras marks a shared object in its first config when it meets the object a second time.
+        # That is too late if the first config was copied.
         keras.saving.serialize_keras_object(saved)
     return saved
 
@@ -178,195 +174,12 @@ def decode_live(config: dict[str, Any]) -> Any:
     return loaded.get_bound_value() if isinstance(loaded, Adapter) else loaded
 
 
-@keras.saving.register_keras_serializable(package="lossargs")
-class VariableAdapter(Adapter):
-    """A `keras.Variable`: its value in the step.
-
-    A weight of another layer of the model is saved by that layer: this one only refers to it.
-    """
-
-    adapts = keras.Variable
-
-    def __init__(self, variable: Any = None, owner: Any = None, **kwargs: Any) -> None:
-        shape = kwargs.pop("shape", None)
-        super().__init__(**kwargs)
-        self._owner = Untracked(owner)  # a layer, and the place of the variable in its weights
-        self._variable: Any = variable
-        self.shape = tuple(shape if variable is None else variable.shape)
-        if getattr(getattr(variable, "value", None), "weak_type", False):
-            # Made of a Python number on JAX: the first `assign` would change its type, and the
-            # compiled step would be traced again.
-            self._variable.assign(keras.ops.convert_to_numpy(self._variable.value))
-
-    def read(self, tensor: Any) -> Any:  # noqa: ARG002
-        return self.variable.value
-
-    def value(self, tensor: Any, training: bool) -> Any:  # noqa: ARG002
-        return tensor
-
-    @property
-    def variable(self) -> Any:
-        if self._variable is None:  # loaded
-            layer, place = self._owner.value
-            return layer.weights[place]
-        return self._variable
-
-    def get_bound_value(self) -> Any:
-        return self if self._variable is None else self._variable
-
-    def __str__(self) -> str:
-        return format_value(self.variable)
-
-    def get_owner(self) -> Any:
-        """Return the layer that the variable is a weight of, or `None`."""
-        return self._owner.value and self._owner.value[0]
-
-    def refer_to(self, layer: keras.Layer, place: int) -> None:
-        """Let the variable be saved by the layer whose weight it is, at this place."""
-        self._owner = Untracked((layer, place))
-
-    def save_own_variables(self, store: Any) -> None:
-        """Save the variable, unless another layer does."""
-        if self._owner.value is None:
-            super().save_own_variables(store)
-
-    def load_own_variables(self, store: Any) -> None:
-        """Load the variable, unless another layer does."""
-        if self._owner.value is None:
-            super().load_own_variables(store)
-
-    def get_config(self) -> dict[str, Any]:
-        variable, config = self.variable, super().get_config()
-        if self.get_owner() and in_sharing_scope():
-            layer, place = self._owner.value
-            saved = keras.saving.serialize_keras_object(layer)
-            return {**config, "owner": [saved, place], "shape": list(self.shape)}
-        value = keras.ops.convert_to_numpy(variable.value)
-        return {
-            **config,
-            "variable": {
-                "value": encode(value, variable.path),
-                "dtype": variable.dtype,
-                "trainable": variable.trainable,
-                "name": variable.name,
-                "autocast": is_autocast(variable),
-                "aggregation": variable.aggregation,
-            },
-            "constraint": keras.constraints.serialize(variable.constraint),
-            "regularizer": keras.regularizers.serialize(variable.regularizer),
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        config = dict(config)
-        with reading("A saved variable"):
-            if "owner" in config:
-                layer, place = checked(config, "owner", list)
-                owner = (load_object(layer, keras.Layer), place)
-                return cls(**{**config, "owner": owner})
-            options = checked(config, "variable", dict)
-            value = decode(options.get("value"))
-            # Of anything else, Keras would make a value of any size, or call it for one.
-            if not isinstance(value, np.ndarray):
-                raise TypeError(f"'value' is a {type(value).__name__}")
-            variable = keras.Variable(
-                value,
-                dtype=checked(options, "dtype", str),
-                trainable=checked(options, "trainable", bool),
-                name=checked(options, "name", str),
-                autocast=checked(options, "autocast", bool),
-                aggregation=checked(options, "aggregation", str, type(None)),
-            )
-            constraint, regularizer = config.pop("constraint"), config.pop("regularizer")
-            if constraint is not None:
-                variable.constraint = load_object(constraint, keras.constraints.Constraint)
-            if regularizer is not None:
-                variable.regularizer = load_object(regularizer, keras.regularizers.Regularizer)
-            # Keras's way checks that the dtype is one; its constructor takes any object for it.
-            adapter: Self = super().from_config({**config, "variable": variable})
-            return adapter
-
-
-@keras.saving.register_keras_serializable(package="lossargs")
-class ScheduleAdapter(Adapter):
-    """A learning rate schedule: its value at the current step of training."""
-
-    adapts = keras.optimizers.schedules.LearningRateSchedule
-    shape = ()
-
-    def __init__(self, schedule: Any, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.schedule = schedule
-        self.step = self.add_weight(
-            name="step",
-            shape=(),
-            initializer="zeros",
-            dtype="int",
-            trainable=False,
-            aggregation="only_first_replica",
-        )
-
-    @classmethod
-    def of(cls, value: Any) -> Adapter:
-        return cls(value)  # each layer counts its own steps
-
-    def for_another_layer(self) -> Adapter:
-        other = type(self)(self.schedule)
-        other.set_weights(self.get_weights())
-        return other
-
-    def read(self, tensor: Any) -> Any:  # noqa: ARG002
-        return self.step.value
-
-    def value(self, tensor: Any, training: bool) -> Any:  # noqa: ARG002
-        return keras.ops.convert_to_tensor(self.schedule(tensor))
-
-    def finish_step(self, tensor: Any) -> None:
-        self.step.assign(tensor + 1)
-
-
-@keras.saving.register_keras_serializable(package="lossargs")
-class TensorAdapter(Adapter):
-    """A symbolic tensor: its values for the batch."""
-
-    adapts = keras.KerasTensor
-    reads_tensor = True
-
-    def __init__(
-        self, tensor: Any = None, shape: Any = None, tensor_name: str = "", **kwargs: Any
-    ) -> None:
-        super().__init__(tensor, **kwargs)
-        known = shape if tensor is None else tensor.shape
-        self.shape = None if known is None else tuple(known)  # JSON has no tuples
-        self.tensor_name = tensor_name if tensor is None else tensor.name
-
-    def __str__(self) -> str:
-        return f"<symbolic tensor {self.tensor_name!r} {self.shape}>"
-
-    def value(self, tensor: Any, training: bool) -> Any:  # noqa: ARG002
-        return tensor
-
-    def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        return {**config, "shape": self.shape, "tensor_name": self.tensor_name}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        with reading("A saved tensor"):
-            shape = checked(config, "shape", list, tuple, type(None))
-            if not all(n is None or (type(n) is int and n >= 0) for n in shape or ()):
-                raise ValueError(f"no shape: {shape}")
-            checked(config, "tensor_name", str)
-            adapter: Self = super().from_config(config)
-            return adapter
-
-
 @dataclasses.dataclass
 class StepValues:
-    """What one forward pass gives to the losses of a `LossArgs` layer.
+    """The live values of one forward pass, from a `LossArgs` layer to its losses.
 
-    Tensors of TensorFlow hide from Python's garbage collector what they carry: the layer, its
-    losses and the model are held weakly.
+    Python's garbage collector does not see what a TensorFlow tensor carries. So layer, losses and
+    model are held weakly.
     """
 
     reference: Any  # to the layer
@@ -377,28 +190,32 @@ class StepValues:
 
     def layer(self) -> Any:
         """Return the layer, or `None` if it is gone."""
-        # `torch.compile` makes the object of a weak reference.
+        # `torch.compile` replaces a weak reference by its object.
         is_weak = isinstance(self.reference, weakref.ReferenceType)
         return self.reference() if is_weak else self.reference
 
     def losses(self) -> list[Any]:
-        """Return the losses that get values."""
+        """Return the losses that receive these values."""
         layer = self.layer()
         return [] if layer is None else list(layer.get_losses())
 
     def args_of(self, loss: Any) -> dict[str, Any]:
-        """Return the arguments that the layer gives to one of its losses."""
+        """Return the arguments of one of these losses."""
         if self.values is None:
             self.compute(training=self.step is not None and self.step.training)
-        layer = self.layer()
-        by_adapter = dict(zip(layer.adapters, self.values or (), strict=True))
+        by_adapter = self.by_adapter()
 
         def value(leaf: Any) -> Any:
             return by_adapter[leaf] if isinstance(leaf, Adapter) else leaf
 
+        trees = self.layer().get_losses()[loss]
         given = {name: one for name, one in self.given.items() if loss.takes(name)}
-        live = {name: map_leaves(tree, value) for name, tree in layer.get_losses()[loss].items()}
+        live = {name: map_leaves(tree, value) for name, tree in trees.items()}
         return {**given, **live}
+
+    def by_adapter(self) -> dict[Adapter, Any]:
+        """Return the computed values."""
+        return dict(zip(self.layer().adapters, self.values or (), strict=True))
 
     def compute(self, *, training: bool) -> None:
         """Compute the values of this step."""
@@ -407,16 +224,16 @@ class StepValues:
             self.values = [adapter.value(one, training) for adapter, one in pairs]
 
     def finish_step(self) -> None:
-        """Let the adapters go on to the next step."""
+        """Advance the state of the adapters."""
         for adapter, one in zip(self.layer().adapters, self.read, strict=True):
             adapter.finish_step(one)
 
 
 def set_step_values(y_pred: Any, step_values: StepValues) -> Any:
-    """Return the predictions, with the values of a step for the loss that gets them as `y_pred`.
+    """Return the predictions in a new tensor that carries the values of a step.
 
-    The tensor that the last layer of a model returns is the object that the loss receives. Here it
-    is a new one: a layer may return its input, which the user holds.
+    The loss receives as `y_pred` the object that the last layer of the model returns. It is a new
+    tensor, since a layer may return its input, which the user holds.
     """
     others = get_step_values(y_pred)
     y_pred = alias(y_pred)
@@ -425,5 +242,5 @@ def set_step_values(y_pred: Any, step_values: StepValues) -> Any:
 
 
 def get_step_values(y_pred: Any) -> list[StepValues]:
-    """Return the values that came with predictions; an empty list for most."""
+    """Return the values that predictions carry, by each `LossArgs` layer that they passed."""
     return get_tensor_attr(y_pred, _ATTRIBUTE) or []

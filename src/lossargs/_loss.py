@@ -169,7 +169,7 @@ class BoundLoss(keras.losses.Loss):
             if in_symbolic_scope():
                 return build(call, y_true, y_pred)
             value = call.evaluate(y_true, y_pred)
-            for values in call.values:
+            for values in call.inputs.values:
                 layer = values.layer()
                 if layer is not None and layer.loss is self:
                     layer.finish_step(values, call, y_true, y_pred)
@@ -181,7 +181,7 @@ class BoundLoss(keras.losses.Loss):
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """Return the loss of each sample, before weights and reduction."""
         call = Call.of(self, y_pred, None, {})
-        return call.for_loss(self, reduction=None).evaluate(y_true, y_pred)
+        return Call(self, call.inputs).evaluate(y_true, y_pred)
 
     def get_config(self) -> dict[str, Any]:
         """What `from_config` needs to make this loss again.
