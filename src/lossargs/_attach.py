@@ -1,6 +1,6 @@
-"""`attach` and `detach`: the layer of live arguments put into a model, and taken out again."""
+"""`attach` and `detach`: add the layer of live arguments to a model, and remove it."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import keras
@@ -28,19 +28,19 @@ _KEPT = "_lossargs_kept"
 
 @keras.saving.register_keras_serializable(package="lossargs")
 class AttachedModel(keras.Model):
-    """A Functional model of several outputs, named as they were before losses were attached.
+    """A Functional model whose outputs keep the names that they had before `attach`.
 
-    Keras names the outputs of a list after the layers they come from, which are all `LossArgs`.
+    Keras names the outputs in a list after their layers, which are all `LossArgs`.
     """
 
     @property
     def output_names(self) -> list[str]:
-        """The names that `compile` and the logs know the outputs by."""
+        """The names of the outputs in `compile` and in the logs."""
         return _names(self.outputs)
 
     @output_names.setter
     def output_names(self, names: list[str]) -> None:
-        """Keras sets them by the layers."""
+        """Ignore the names of the layers, which Keras sets."""
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
@@ -52,17 +52,17 @@ def attach(target: Target, loss: Any, *, track: Any = ()) -> Target:
     """Attach a loss to a model, which then holds the live arguments of the loss.
 
     Args:
-        target: A Functional or Sequential model; or the symbolic tensor that is the output of a
-            model to be made, or a list or dict of these.
+        target: A Functional or Sequential model; or the symbolic output of a model that is not
+            made yet, or a list or dict of outputs.
         loss: The bound loss that `compile` is given as well. For several outputs a list or dict, as
             for `compile`; other losses in it are left to `compile`.
         track: Further bound losses, logged under their names. For several outputs a list or dict.
 
     Returns:
         The same kind as `target`, with the same layers, predictions, weights and attributes. New
-        `keras.Input`s that an argument is computed from come after the inputs of the model. A
+        `keras.Input`s that an argument is computed from follow the inputs of the model. A
         Sequential model becomes a Functional one if the loss reads tensors. An earlier `attach` is
-        replaced. Schedules go on from their positions.
+        replaced. Schedules continue at their positions.
 
     Raises:
         AttachError: The loss was not made by a factory, an argument is a tensor of another
@@ -87,7 +87,7 @@ def attach(target: Target, loss: Any, *, track: Any = ()) -> Target:
         attached = _attach_functional(target, loss, track)
     elif isinstance(target, keras.Model):
         raise AttachError(
-            f"attach() cannot put a layer behind {_described(target)}, whose outputs are what its "
+            f"attach() cannot add a layer to {_described(target)}, whose outputs are what its "
             "`call` returns. Make a layer in its __init__, self.loss_args = LossArgs(loss), and "
             "return self.loss_args(y_pred) in its `call`, with tensors by name: "
             "self.loss_args(y_pred, z_mean=z_mean)."
@@ -105,8 +105,8 @@ def detach(model: keras.Model) -> keras.Model:
         model: A Functional or Sequential model.
 
     Returns:
-        A model of the same layers, not compiled; the same model if nothing is attached. An output
-        that `derivatives` gave is computed without the derivatives.
+        A model of the same layers, not compiled; the same model if nothing is attached. Outputs of
+        `derivatives` are computed without derivatives.
 
     Raises:
         AttachError: The model is subclassed, or the layer is in a model that is one of its layers.
@@ -122,22 +122,22 @@ def detach(model: keras.Model) -> keras.Model:
     """
     if not layers_of(model):
         return model
+    detached: Any
     if isinstance(model, keras.Sequential):
         layers = [layer for layer in model.layers if not isinstance(layer, LossArgs)]
-        return _detached(model, _sequential(model, layers))
-    if not isinstance(model, Functional):
+        detached = _sequential(model, layers)
+    elif isinstance(model, Functional):
+        outputs = keras.tree.map_structure(lambda y: undifferentiated(_before(y)), model.output)
+        used, _ = ancestors(keras.tree.flatten(outputs))
+        detached = _functional(
+            model, _inputs_without(model, _loss_inputs(model) - used.keys()), outputs
+        )
+    else:
         raise AttachError(
             f"detach() cannot take the layer out of {_described(model)}, whose outputs are what "
             "its `call` returns. LossArgs leaves predictions as they are: `predict` and `export` "
             "work with it."
         )
-    outputs = keras.tree.map_structure(lambda y: undifferentiated(_before(y)), model.output)
-    used, _ = ancestors(keras.tree.flatten(outputs))
-    dropped = _inputs_of_losses(model) - used.keys()
-    return _detached(model, _functional(model, _without(model.input, dropped), outputs))
-
-
-def _detached(model: Any, detached: Any) -> Any:
     if layers_of(detached):
         inner = [layer.name for layer in detached.layers if layers_of(layer)]
         raise AttachError(
@@ -147,28 +147,25 @@ def _detached(model: Any, detached: Any) -> Any:
     return _remember(detached, _kept_by(model))
 
 
-def _inputs_of_losses(model: Any) -> set[int]:
+def _loss_inputs(model: Any) -> set[int]:
     """Return the ids of the inputs that a model has for its losses."""
     found: set[int] = set()
     for output in keras.tree.flatten(model.output):
         layer, given = producer(output)
-        if not isinstance(layer, LossArgs):
-            continue
-        read, _ = ancestors(given[1:])
-        named = layer.new_inputs
-        found |= {
-            key for key, one in read.items() if named is None or producer(one)[0].name in named
-        }
+        if isinstance(layer, LossArgs):
+            read, _ = ancestors(given[1:])
+            new = layer.new_inputs
+            found |= {k for k, one in read.items() if new is None or producer(one)[0].name in new}
     return found
 
 
-def _without(inputs: Any, dropped: Collection[int]) -> Any:
-    """Return the inputs of a model but for some."""
-    if isinstance(inputs, dict):
-        return {name: tensor for name, tensor in inputs.items() if id(tensor) not in dropped}
+def _inputs_without(model: Any, dropped: set[int]) -> Any:
+    """Return the inputs of a model, in their structure, without some."""
+    if isinstance(model.input, dict):
+        return {name: one for name, one in model.input.items() if id(one) not in dropped}
     if not dropped:
-        return inputs
-    kept = [tensor for tensor in keras.tree.flatten(inputs) if id(tensor) not in dropped]
+        return model.input
+    kept = [tensor for tensor in model.inputs if id(tensor) not in dropped]
     return kept[0] if len(kept) == 1 else kept
 
 
@@ -179,7 +176,7 @@ def _remember(model: Any, adapters: dict[Any, Adapter]) -> Any:
 
 
 def _kept_by(model: Any) -> dict[Any, Adapter]:
-    """Return the adapters of the losses of a model, and those that it keeps, by their values."""
+    """Return the adapters that a model holds or keeps, by the keys of their values."""
     kept: dict[Any, Adapter] = getattr(model, _KEPT, Untracked({})).value
     return kept | {k: a for one in layers_of(model) for k, a in one.adapters_by_key().items()}
 
@@ -208,7 +205,7 @@ def live_args(model: keras.Model) -> dict[str, keras.Variable]:
 
 
 def _before(output: keras.KerasTensor) -> keras.KerasTensor:
-    """The tensor that an output was before a loss was attached to it."""
+    """Return an output without the layers that `attach` added."""
     operation, given = producer(output)
     return _before(given[0]) if isinstance(operation, LossArgs) else output
 
@@ -219,26 +216,17 @@ def _attach_tensor(output: Any, loss: BoundLoss, track: Any, kept: dict[Any, Ada
             f"attach() takes a model, or the symbolic tensor that is its output, and was given "
             f"{output!r}."
         )
-    layer = LossArgs(loss, track=_listed(track), kept={**kept, **_kept_behind(output)})
+    replaced, given = producer(output)
+    if isinstance(replaced, LossArgs):
+        for adapter, tensor in zip(replaced.readers(), given[1:], strict=False):
+            adapter.tensor = tensor
+        kept = kept | replaced.adapters_by_key()
+    layer = LossArgs(loss, track=[track] if isinstance(track, BoundLoss) else track, kept=kept)
     tensors = [adapter.tensor for adapter in layer.readers()]
     output = _before(output)
     _, layers = ancestors([output, *(t for t in tensors if t is not None)])
     layer.note_weights_of(layers)
     return (layer(output, tensors) if tensors else layer(output)), layer
-
-
-def _listed(track: Any) -> Any:
-    return [track] if isinstance(track, BoundLoss) else track
-
-
-def _kept_behind(output: keras.KerasTensor) -> dict[Any, Adapter]:
-    """Return what a layer keeps that is to be replaced."""
-    layer, given = producer(output)
-    if not isinstance(layer, LossArgs):
-        return {}
-    for adapter, tensor in zip(layer.readers(), given[1:], strict=False):
-        adapter.tensor = tensor
-    return layer.adapters_by_key()
 
 
 def _attach_tensors(
@@ -300,27 +288,25 @@ def _by_output(given: Any, names: Sequence[str], what: str, *, is_one: bool) -> 
 def _attach_functional(model: Any, loss: Any, track: Any) -> Any:
     outputs, layers = _attach_tensors(model.output, loss, track, _kept_by(model))
     names_of(layers, by_layer=False)
-    known = {id(tensor) for tensor in model.inputs}
     new: dict[int, Any] = {}
     for one in (one for layer in layers for one in layer.get_live()):
-        tensor = one.adapter.tensor
-        if isinstance(tensor, keras.KerasTensor):
-            sources, _ = ancestors([tensor])
+        if isinstance(one.adapter.tensor, keras.KerasTensor):
+            sources, _ = ancestors([one.adapter.tensor])
             _refuse_inputs_of_layers(one, sources, model)
-            new |= {key: source for key, source in sources.items() if key not in known}
-    extra = list(new.values())
-    before = _inputs_of_losses(model)
-    added = [producer(t)[0].name for t in (*extra, *(t for t in model.inputs if id(t) in before))]
+            new |= sources
+    known = {id(tensor) for tensor in model.inputs}
+    extra = [tensor for key, tensor in new.items() if key not in known]
+    before = _loss_inputs(model)
+    added = [*extra, *(tensor for tensor in model.inputs if id(tensor) in before)]
     for layer in layers:
-        layer.new_inputs = tuple(added)
+        layer.new_inputs = tuple(producer(tensor)[0].name for tensor in added)
     inputs = model.input
-    if extra:
-        if isinstance(inputs, dict):
-            for tensor in extra:
-                tensor.name = producer(tensor)[0].name  # the key, also when the model is loaded
-            inputs = {**inputs, **{tensor.name: tensor for tensor in extra}}
-        else:
-            inputs = [*(inputs if isinstance(inputs, (list, tuple)) else [inputs]), *extra]
+    if extra and isinstance(inputs, dict):
+        for tensor in extra:
+            tensor.name = producer(tensor)[0].name  # the key, also when the model is loaded
+        inputs = {**inputs, **{tensor.name: tensor for tensor in extra}}
+    elif extra:
+        inputs = [*(inputs if isinstance(inputs, (list, tuple)) else [inputs]), *extra]
     attached = _functional(model, inputs, outputs)
     if list(attached.output_names) != list(model.output_names):
         attached.output_names = list(model.output_names)
@@ -381,7 +367,7 @@ def _functional(model: Any, inputs: Any, outputs: Any) -> Any:
 def _attach_sequential(model: Any, loss: Any, track: Any) -> Any:
     check_is_bound(loss)
     kept = _kept_by(model)
-    layer = LossArgs(loss, track=_listed(track), kept=kept)
+    layer = LossArgs(loss, track=[track] if isinstance(track, BoundLoss) else track, kept=kept)
     if not layer.readers():
         layers = [one for one in model.layers if not isinstance(one, LossArgs)]
         names_of([layer], by_layer=False)
