@@ -16,9 +16,9 @@ from lossargs._keras import (
     own_variables,
     producer,
 )
-from lossargs._layer import LossArgs, check_is_bound, layers_of
+from lossargs._layer import LossArgs, check_is_bound, layers_of, output_names_of
 from lossargs._live import Adapter, Untracked
-from lossargs._logs import names_of
+from lossargs._logs import LiveArg, names_of
 from lossargs._loss import BoundLoss
 from lossargs._serialization import reading
 
@@ -199,8 +199,8 @@ def live_args(model: keras.Model) -> dict[str, keras.Variable]:
         >>> live_args(attach(model, huber(delta=delta)))["delta"] is delta
         True
     """
-    named = names_of(layers_of(model))
-    variables = {name: one.adapter.variable for name, one in named}
+    named = names_of(layers_of(model), outputs=output_names_of(model))
+    variables = {name: one.adapter.variable for name, one in named if isinstance(one, LiveArg)}
     return {name: variable for name, variable in variables.items() if variable is not None}
 
 

@@ -1,6 +1,5 @@
 """One evaluation of a bound loss: its arguments in this step, and checks of its function."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,31 +14,19 @@ from lossargs._errors import (
     LossArgsError,
     listed,
 )
+from lossargs._inputs import Inputs, shape_of
 from lossargs._keras import (
     ReadScope,
     Sandbox,
-    Step,
     flat_layers,
     in_symbolic_scope,
-    running_step,
+    scale_loss_for_distribution,
     squeeze_or_expand_to_same_rank,
     torch_processes,
+    unscale_loss_for_distribution,
     variables_can_be_assigned,
-    weighted_metrics_of,
 )
-from lossargs._live import StepValues, get_step_values
 from lossargs._values import describe_lists, map_leaves, to_tensors
-
-SAMPLE_WEIGHT = "sample_weight"  # the batch entry that is the ordinary sample weight
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """All that the losses of an output receive in one step, besides targets and predictions."""
-
-    batch: Mapping[str, Any]  # arguments in the batch, by name
-    values: Sequence[StepValues]  # carried by the predictions
-    step: Step | None  # that is running; `None` in a user's own loop
 
 
 class Call(keras.losses.Loss):
@@ -65,17 +52,9 @@ class Call(keras.losses.Loss):
         self.reduction = reduction
 
     @classmethod
-    def of(cls, loss: Any, y_pred: Any, sample_weight: Any, extra: Mapping[str, Any]) -> "Call":
-        """Return the call of a loss with the arguments of its `__call__`."""
-        is_symbolic = in_symbolic_scope()
-        values = [] if is_symbolic else get_step_values(y_pred)
-        step = values[0].step if values else running_step()
-        # TensorFlow runs this code only in a trace. The others build the model first.
-        if loss.holds_live and (is_symbolic or keras.backend.backend() == "tensorflow"):
-            _refuse_metrics(loss)
-        batch, weight = _split(loss, sample_weight, step)
-        inputs = Inputs(batch, values, step)
-        return cls(loss, inputs, weight=weight, extra=extra, reduction=loss.reduction)
+    def reduced(cls, loss: Any, inputs: Inputs, extra: Mapping[str, Any] | None = None) -> "Call":
+        """Return the call of a loss with its own reduction and the weights of the samples."""
+        return cls(loss, inputs, weight=inputs.weight, extra=extra, reduction=loss.reduction)
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None, **extra: Any) -> Any:
         """Return one number per sample; called by the function that received an inner loss."""
@@ -131,13 +110,15 @@ class Call(keras.losses.Loss):
     def _resolve_args(self) -> dict[str, Any]:
         """Return all arguments by name: of the call, live, of the batch, bound, in this order."""
         loss, function = self.loss, self.loss.loss_function
-        function.check_names(self.extra, f"{function.name} was called with")
+        for name in self.extra:
+            if not any(term.takes(name) for term in loss.all_terms()):
+                function.check_names([name], f"{function.name} was called with")
         args = dict(loss.bound_args)
         args |= {name: value for name, value in self.inputs.batch.items() if loss.takes(name)}
         values = [one for one in self.inputs.values if loss in one.losses()]
         for one in values:
             args |= one.args_of(loss)
-        args |= self.extra
+        args |= {name: value for name, value in self.extra.items() if loss.takes(name)}
         missing = function.missing(args)
         lost = [] if values else [n for n in self._names_from_layers() if n not in self.extra]
         if lost and not (missing and self.model is None and not loss.live_names):
@@ -171,26 +152,70 @@ class Call(keras.losses.Loss):
                 "give that one loss to attach and to compile. For a model that was loaded or "
                 "cloned, take the `loss` of its LossArgs layer."
             )
+        by_hand = f"In a call by hand give the values: loss(y_true, y_pred, {names[0]}=...)."
         return AttachError(
             f"{what}`y_pred` does not come directly from a model that is attached to it. Write "
             "model = attach(model, loss) or keras.Model(x, attach(y_pred, loss)) before compile; "
-            "in a subclassed model, return self.loss_args(y_pred). In a call by hand give the "
-            f"values: loss(y_true, y_pred, {names[0]}=...)."
+            "in a subclassed model, return self.loss_args(y_pred). "
+            f"{'' if self.loss.terms else by_hand}"
         )
 
     # Evaluation.
 
     def _reduce(self, y_true: Any, y_pred: Any) -> Any:
         self._args = self._resolve_args()
-        targets = () if y_true is None else y_true  # `None` is a leaf to Keras
+        self._given = (y_true, y_pred)
         try:
+            if self.loss.terms:
+                return self._combine(y_true, y_pred)
+            targets = () if y_true is None else y_true  # `None` is a leaf to Keras
             return super().__call__(targets, y_pred, self.weight)
         except Exception as error:
             self._explain(error, y_true, y_pred)
             raise
 
+    def _combine(self, y_true: Any, y_pred: Any) -> Any:
+        """Return the value of a loss that combines the values of its terms."""
+        terms, values = self.loss.terms, {}
+        # A term may be an inner loss of another one, which then finds it computed.
+        for term in sorted(set(terms), key=lambda term: len(term.inner_losses)):
+            extra = {name: value for name, value in self.extra.items() if term.takes(name)}
+            call = Call.reduced(term, self.inputs, extra)
+            values[term] = unscale_loss_for_distribution(call.evaluate(y_true, y_pred))
+        given = self._tensors({name: v for name, v in self._args.items() if name != "terms"})
+        value = self.loss.loss_function.fn([values[term] for term in terms], None, **given)
+        return scale_loss_for_distribution(keras.ops.cast(value, self.dtype))
+
+    def _tensors(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Return arguments as the function receives them."""
+
+        def inner(leaf: Any) -> Any:
+            is_inner = isinstance(leaf, keras.losses.Loss) and leaf in self.loss.inner_losses
+            return Call(leaf, self.inputs) if is_inner else leaf
+
+        given = {name: to_tensors(value, self.dtype, name) for name, value in args.items()}
+        if self.loss.inner_losses:
+            given = {name: map_leaves(value, inner) for name, value in given.items()}
+        return given
+
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """Return the loss of each sample; called by Keras's `Loss.__call__` with tensors."""
+        key = (self.loss, *self._given)
+        values = None if self.extra else self.inputs.recall(key)
+        if values is None:
+            values = self._call_function(y_true, y_pred)
+            if not self.extra:
+                self.inputs.remember(key, values)
+        name = self.loss.loss_function.name
+        if self.weight is not None and _is_one_number(values, self.weight):
+            raise BatchError(
+                f"{name} returned one number for the whole batch, and was given weights for its "
+                "samples (sample_weight or class_weight). Return one number for each sample, e.g. "
+                "keras.ops.mean(..., axis=-1)."
+            )
+        return values
+
+    def _call_function(self, y_true: Any, y_pred: Any) -> Any:
         name = self.loss.loss_function.name
         if isinstance(y_true, tuple) and not y_true:
             y_true = None
@@ -200,11 +225,11 @@ class Call(keras.losses.Loss):
                 keras.tree.map_structure_up_to(y_true, lambda pair, i=i: pair[i], pairs)
                 for i in (0, 1)
             )
+        for converted, tensor in zip((y_true, y_pred), self._given, strict=True):
+            self.inputs.identify(converted, tensor)
 
         def call(changed: Mapping[str, Any]) -> Any:
-            given = {n: to_tensors(v, self.dtype, n) for n, v in {**self._args, **changed}.items()}
-            if self.loss.inner_losses:
-                given = {n: map_leaves(v, self._inner) for n, v in given.items()}
+            given = self._tensors({**self._args, **changed})
             return self.loss.loss_function.fn(y_true, y_pred, **given)
 
         values = call({})
@@ -215,37 +240,27 @@ class Call(keras.losses.Loss):
                 f"{name}(y_true, y_pred) returns a function, {values!r}, and not a tensor. Move "
                 "the extra arguments into one function: def f(y_true, y_pred, delta=0.5): ..."
             )
-        if self.weight is not None and _is_one_number(values, self.weight):
-            raise BatchError(
-                f"{name} returned one number for the whole batch, and was given weights for its "
-                "samples (sample_weight or class_weight). Return one number for each sample, e.g. "
-                "keras.ops.mean(..., axis=-1)."
-            )
         self._check_broadcast(values, y_pred, call)
         return keras.ops.convert_to_tensor(values, dtype=self.dtype)
 
-    def _inner(self, leaf: Any) -> Any:
-        is_inner = isinstance(leaf, keras.losses.Loss) and leaf in self.loss.inner_losses
-        return Call(leaf, self.inputs) if is_inner else leaf
-
     def _check_broadcast(self, values: Any, y_pred: Any, call: Callable[..., Any]) -> None:
         """Raise if an entry of shape `(N,)` makes a square of the losses of `N` samples."""
-        shape = _shape(values)
+        shape = shape_of(values)
         if not self.inputs.batch or len(shape) != 2 or shape[0] != shape[1]:
             return
         for name, entry in self.inputs.batch.items():
-            if len(_shape(entry)) != 1 or not self.loss.takes(name):
+            if len(shape_of(entry)) != 1 or not self.loss.takes(name):
                 continue
             try:
                 with Sandbox():
-                    other = _shape(call({name: keras.ops.expand_dims(entry, -1)}))
+                    other = shape_of(call({name: keras.ops.expand_dims(entry, -1)}))
             except Exception:  # noqa: BLE001, S112 - then the function wants this shape
                 continue
             if len(other) == 2 and other[1] == 1 != shape[1]:
                 raise BatchError(
-                    f"The batch entry {name!r} of shape {_shape(entry)} gives "
+                    f"The batch entry {name!r} of shape {shape_of(entry)} gives "
                     f"{self.loss.loss_function.name} losses of shape {shape}, where y_pred has "
-                    f"{_shape(y_pred)}: each sample would be combined with the values of all "
+                    f"{shape_of(y_pred)}: each sample would be combined with the values of all "
                     f"others. Give it the shape {other}, e.g. {name}[:, None]."
                 )
 
@@ -287,21 +302,15 @@ class Call(keras.losses.Loss):
         name = self.loss.loss_function.name
         if "KerasTensor" in str(error):
             raise self._symbolic_tensor_outside() from error
-        samples, parts = _shape(y_pred)[:1], []
+        samples, parts = shape_of(y_pred)[:1], []
         for argument, value in {"y_true": y_true, "y_pred": y_pred, **self._args}.items():
             part = f"{argument}: {type(value).__name__}"
             if keras.ops.is_tensor(value) or isinstance(value, np.ndarray):
                 dtype = getattr(value.dtype, "name", str(value.dtype).removeprefix("torch."))
-                part = f"{argument}: {dtype} {_shape(value)}"
-                size = _shape(value)[:1]
-                is_known = None not in (*size, *samples)
-                if (
-                    argument in self.inputs.batch
-                    and size
-                    and samples
-                    and is_known
-                    and size != samples
-                ):
+                part = f"{argument}: {dtype} {shape_of(value)}"
+                size = shape_of(value)[:1]
+                is_known = size and samples and None not in (*size, *samples)
+                if argument in self.inputs.batch and is_known and size != samples:
                     part += f", which are {size[0]} for the {samples[0]} of y_pred"
             parts.append(part)
         note = f"It was raised in the loss {name}, called with {'; '.join(parts)}."
@@ -334,63 +343,10 @@ def attached_layers(model: Any) -> list[Any]:
     return [layer for layer in layers if hasattr(layer, "get_losses")]
 
 
-def _refuse_metrics(loss: Any) -> None:
-    step = running_step()
-    if step is not None and step.method == "compute_metrics":
-        raise AttachError(
-            f"{loss!r} has live arguments, and was given to compile as a metric. Metrics are "
-            "computed outside the step of the model, where these have no value. Let the model "
-            "track it: attach(..., loss, track=[this one])."
-        )
-
-
-def _split(loss: Any, sample_weight: Any, step: Step | None) -> tuple[Mapping[str, Any], Any]:
-    """Return the extra arguments and the sample weight in the third element of the data."""
-    if not isinstance(sample_weight, Mapping):
-        return {}, sample_weight
-    name = loss.loss_function.name
-    batch = {key: value for key, value in sample_weight.items() if key != SAMPLE_WEIGHT}
-    loss.loss_function.check_names(
-        [key for key in batch if not any(inner.takes(key) for inner in loss.inner_losses)],
-        "The batch (third element of the data) has an entry",
-        error=BatchError,
-        instead=(
-            " Leave it out; or, where several losses read one batch, let the function take and"
-            " ignore it: add **extra to its parameters."
-        ),
-    )
-    for key, value in batch.items():
-        if value is None:
-            raise BatchError(
-                f"The batch entry {key!r} for {name} is None. Leave it out to use the bound or "
-                "default value, or give an array."
-            )
-        if getattr(getattr(value, "dtype", None), "kind", "") in ("O", "S", "U"):
-            raise BatchError(
-                f"The batch entry {key!r} for {name} is an array of {value.dtype}, which no "
-                "backend can compute with. Give numbers, e.g. array.astype('float32')."
-            )
-    # Keras weights such a metric by the first entry of the dict, in the order of its keys.
-    first = min(sample_weight) if batch else SAMPLE_WEIGHT
-    metrics = weighted_metrics_of(step and step.model) if first != SAMPLE_WEIGHT else None
-    if metrics:
-        raise BatchError(
-            f"weighted_metrics={metrics} would be weighted by the batch entry {first!r}, since "
-            "Keras takes the first entry of a dict for the sample weights. Give these metrics as "
-            "metrics=[...], without weights."
-        )
-    return batch, sample_weight.get(SAMPLE_WEIGHT)
-
-
 def _is_one_number(values: Any, sample_weight: Any) -> bool:
     """Return whether the values are one number for all samples, and the weights one for each."""
-    weights = _shape(sample_weight)
-    shape = _shape(values)
+    weights = shape_of(sample_weight)
+    shape = shape_of(values)
     if not shape:
         return bool(weights)
     return all(size == 1 for size in shape) and any(size not in (1, None) for size in weights)
-
-
-def _shape(values: Any) -> tuple[int | None, ...]:
-    shape = values.shape if hasattr(values, "shape") else np.shape(values)
-    return () if getattr(shape, "rank", 0) is None else tuple(shape)  # unknown on TensorFlow

@@ -31,6 +31,9 @@ _registry: "dict[str, LossFunction]" = {}
 class LossFunction:
     """A function `fn(y_true, y_pred, **extra)`, inspected once; `key` is its name when saved."""
 
+    is_internal = False  # whether its arguments are given only when it is bound
+    format: Callable[[Mapping[str, Any]], str] | None = None  # bound arguments for `repr`
+
     def __init__(self, fn: Callable[..., Any], *, name: str | None, package: str | None) -> None:
         self.fn = fn
         self.name = str(name or getattr(fn, "__name__", type(fn).__name__))

@@ -23,7 +23,7 @@ from keras.src.backend.common.variables import AutocastScope
 
 # `compile` does this to a plain function: rank squeezing, masks, weights and reductions.
 from keras.src.losses.loss import (
-    reduce_weighted_values,
+    scale_loss_for_distribution,
     squeeze_or_expand_to_same_rank,
     unscale_loss_for_distribution,
 )

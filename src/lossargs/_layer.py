@@ -8,7 +8,6 @@ from typing import Any, Self
 import keras
 
 from lossargs._adapters import VariableAdapter
-from lossargs._call import Call
 from lossargs._errors import AttachError, LossArgsError, SavingError, listed, nearest
 from lossargs._keras import (
     AutocastScope,
@@ -25,6 +24,7 @@ from lossargs._keras import (
     in_symbolic_scope,
     metric_names,
     own_variables,
+    producer,
     running_step,
     unscale_loss_for_distribution,
     variables_can_be_assigned,
@@ -44,7 +44,8 @@ class _Contents:
     adapters: dict[Any, Adapter]  # by the keys of the values
     live: tuple[LiveArg, ...]
     logged: tuple[tuple[LiveValue, Adapter], ...]
-    tracked: tuple[tuple[BoundLoss, TrackedLoss], ...]
+    tracked: tuple[tuple[BoundLoss, TrackedLoss], ...]  # terms also
+    track: tuple[BoundLoss, ...]
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
@@ -101,7 +102,9 @@ class LossArgs(keras.Layer):
         track = tuple(track)
         for one in (loss, *track):
             check_is_bound(one)
-        check_names(["loss", *(one.name for one in track)], "track=[...]")
+        terms = dict.fromkeys(loss.all_terms())
+        to_log = dict.fromkeys((*terms, *track))
+        check_names(["loss", *(one.name for one in to_log)], "Terms and track=[...]")
         adapters: dict[Any, Adapter] = {}
 
         def adapter(leaf: Any) -> Any:
@@ -126,9 +129,9 @@ class LossArgs(keras.Layer):
                 if logged[1].shape == () and logged not in metrics:
                     metrics[logged] = LiveValue(label)
                 live.append(LiveArg(one, name, *logged, metrics.get(logged)))
-        tracked = tuple((one, TrackedLoss(name=one.name)) for one in track)
+        tracked = tuple((one, TrackedLoss(name=one.name)) for one in to_log)
         logged = tuple((metric, adapter) for (_, adapter), metric in metrics.items())
-        self._contents = _Contents(losses, adapters, tuple(live), logged, tracked)
+        self._contents = _Contents(losses, adapters, tuple(live), logged, tracked, track)
         # For Keras to find them.
         self.adapters = list(dict.fromkeys(adapters.values()))
         self.logged = [*metrics.values(), *(metric for _, metric in tracked)]
@@ -153,7 +156,11 @@ class LossArgs(keras.Layer):
     @property
     def track(self) -> tuple[BoundLoss, ...]:
         """The losses that are evaluated only for the logs."""
-        return tuple(loss for loss, _ in self._contents.tracked)
+        return self._contents.track
+
+    def get_tracked(self) -> Sequence[tuple[BoundLoss, TrackedLoss]]:
+        """Return terms and tracked losses with their metrics."""
+        return self._contents.tracked
 
     def adapters_by_key(self) -> dict[Any, Adapter]:
         """Return the adapters by the keys of their values."""
@@ -298,8 +305,13 @@ class LossArgs(keras.Layer):
                 f"self.loss_args(y_pred, {names[0]}=...)."
             )
 
-    def finish_step(self, values: StepValues, call: Any, y_true: Any, y_pred: Any) -> None:
-        """Log live scalars and tracked losses, and advance the adapters.
+    def losses_to_log(self, values: StepValues) -> list[BoundLoss]:
+        """Return the terms and tracked losses to evaluate in a step."""
+        is_logged = values.step is not None and variables_can_be_assigned()
+        return [loss for loss, _ in self._contents.tracked] if is_logged else []
+
+    def finish_step(self, values: StepValues, losses: Mapping[BoundLoss, Any], y_pred: Any) -> None:
+        """Log live scalars and the values of losses, and advance the adapters.
 
         The loss calls this method after its evaluation.
         """
@@ -309,13 +321,12 @@ class LossArgs(keras.Layer):
         by_adapter = values.by_adapter()
         for live_value, adapter in self._contents.logged:
             live_value.update_state(by_adapter[adapter])
+        # Weighted by batch size, as Keras does its own.
+        shape: Any = keras.ops.shape(y_pred)
+        size = shape[0] if len(y_pred.shape) else None
         for loss, metric in self._contents.tracked:
-            tracked = Call(loss, call.inputs, weight=call.weight, reduction=loss.reduction)
-            value = unscale_loss_for_distribution(tracked.evaluate(y_true, y_pred))
-            # Weighted by batch size, as Keras does its own.
-            shape: Any = keras.ops.shape(y_pred)
-            size = shape[0] if len(y_pred.shape) else None
-            metric.update_state(keras.ops.stop_gradient(value), sample_weight=size)
+            value = keras.ops.stop_gradient(unscale_loss_for_distribution(losses[loss]))
+            metric.update_state(keras.ops.mean(value), sample_weight=size)
         if step.training and step.keeps_state:
             values.finish_step()
 
@@ -345,7 +356,7 @@ class LossArgs(keras.Layer):
                 "and to compile. For a model that was loaded or cloned, take the `loss` of its "
                 "LossArgs layer. For another loss take model = detach(model)."
             )
-        settle_names(layers_of(model), metric_names(model))
+        settle_names(layers_of(model), metric_names(model), output_names_of(model))
         if is_own and isinstance(model, (Functional, keras.Sequential)):
             self.note_weights_of(model.layers)
 
@@ -412,6 +423,16 @@ def check_is_bound(loss: Any) -> None:
             f"{loss!r} is not a loss with arguments. Make one: with_args(function)(...), for "
             "example with_args(keras.losses.mean_squared_error)()."
         )
+
+
+def output_names_of(model: keras.Model) -> dict[LossArgs, str]:
+    """Return the names of the outputs that `LossArgs` layers give; empty if there is one output."""
+    outputs = model.output if isinstance(model, Functional) else None
+    if not isinstance(outputs, (dict, list, tuple)) or len(model.outputs) < 2:
+        return {}
+    pairs = zip(model.outputs, model.output_names, strict=False)
+    names = {producer(output)[0]: name for output, name in pairs}
+    return {layer: name for layer, name in names.items() if isinstance(layer, LossArgs)}
 
 
 def layers_of(model: keras.Layer) -> list[LossArgs]:

@@ -1,7 +1,7 @@
 """What a model logs of its losses: live values and tracked losses, and their names."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -68,25 +68,40 @@ def check_names(names: Sequence[str], where: str) -> None:
 
 
 def names_of(
-    layers: Iterable[Any], others: Iterable[str] = ("loss",), *, by_layer: bool = True
-) -> list[tuple[str, LiveArg]]:
-    """Return the live arguments of the `LossArgs` layers of a model with their names in the logs.
+    layers: Iterable[Any],
+    others: Iterable[str] = ("loss",),
+    outputs: Mapping[Any, str] | None = None,
+    *,
+    by_layer: bool = True,
+) -> list[tuple[str, Any]]:
+    """Return what the `LossArgs` layers of a model log, by the names in the logs.
 
-    A name of several values is prefixed with the name of the loss. If that is not enough, as in
-    two attached models that are parts of one, it is prefixed with the name of the layer.
+    Names of a sum are prefixed with the output, where there are several. A name of several values
+    is prefixed with the name of the loss; if that is not enough, as in two attached models that are
+    parts of one, with the name of the layer.
 
     Args:
         layers: The layers.
         others: Further names in the logs.
+        outputs: The names of the outputs that some layers give, if there are several.
         by_layer: Whether names of layers are prefixed.
 
+    Returns:
+        Pairs of a name and a `LiveArg` or the metric of a loss.
+
     Raises:
-        AttachError: Two would still have one name.
+        AttachError: Two would have one name.
     """
-    layers = list(layers)
+    layers, others = list(layers), list(others)
+
+    def in_output(layer: Any, loss: BoundLoss, name: str) -> str:
+        is_of_sum = layer.loss.terms and (loss is layer.loss or loss in layer.loss.all_terms())
+        output = (outputs or {}).get(layer)
+        return f"{output}_{name}" if output and is_of_sum else name
+
     live = [(layer, one) for layer in layers for one in layer.get_live()]
-    names = {id(one): one.label for _, one in live}
-    others = list(others)
+    labels = {id(one): in_output(layer, one.loss, one.label) for layer, one in live}
+    names = dict(labels)
     for prefix in ("loss", "layer") if by_layer else ("loss",):
         values: dict[str, set[Any]] = {name: {None} for name in others}
         for _, one in live:
@@ -94,16 +109,22 @@ def names_of(
         for layer, one in live:
             if len(values[names[id(one)]]) > 1:
                 name = one.loss.name if prefix == "loss" else layer.name
-                names[id(one)] = f"{name}_{one.label}"
+                names[id(one)] = f"{name}_{labels[id(one)]}"
     named = [(names[id(one)], one) for _, one in live]
     distinct = dict.fromkeys((name, one.adapter) for name, one in named)
-    tracked = [loss.name for layer in layers for loss in layer.track]
-    check_names([*others, *(name for name, _ in distinct), *tracked], "Live arguments")
-    return named
+    metrics = [
+        (in_output(layer, loss, loss.name), metric)
+        for layer in layers
+        for loss, metric in layer.get_tracked()
+    ]
+    used = [*others, *(name for name, _ in distinct), *(name for name, _ in metrics)]
+    check_names(used, "Live arguments")
+    return [*named, *metrics]
 
 
-def settle_names(layers: Iterable[Any], others: Iterable[str]) -> None:
-    """Name the logs of the live arguments of a model, such that no two have one name."""
-    for name, one in names_of(layers, others):
-        if one.metric is not None:
-            one.metric.name = name
+def settle_names(layers: Iterable[Any], others: Iterable[str], outputs: Mapping[Any, str]) -> None:
+    """Name the logs of the losses of a model, such that no two have one name."""
+    for name, one in names_of(layers, others, outputs):
+        metric = one.metric if isinstance(one, LiveArg) else one
+        if metric is not None:
+            metric.name = name

@@ -11,9 +11,11 @@ import keras
 from lossargs._call import Call, build
 from lossargs._errors import ArgumentError, ImmutableError, SavingError, listed
 from lossargs._function import LossFunction, registered
+from lossargs._inputs import Inputs
 from lossargs._keras import give_variables_back, in_symbolic_scope
 from lossargs._live import decode_live, encode_live
 from lossargs._serialization import checked, decode, encode, reading
+from lossargs._sums import Arithmetic, label_of
 from lossargs._values import (
     bind_value,
     cache_key,
@@ -28,7 +30,7 @@ _interned_lock = threading.Lock()
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
-class BoundLoss(keras.losses.Loss):
+class BoundLoss(Arithmetic, keras.losses.Loss):
     """A Keras loss that calls its function with the bound extra arguments.
 
     Made by calling a loss factory (see `with_args`), never directly. Losses of the same function,
@@ -101,13 +103,16 @@ class BoundLoss(keras.losses.Loss):
             >>> huber(delta=1.0).replace(delta=2.0)
             huber(delta=2.0)
         """
+        if self.terms:
+            return self.replace_in_terms(changes)
         changes = self.loss_function.bind((), changes)
-        return self.of(self.loss_function, {**self.bound_args, **changes}, **self._options())
+        return self.of(self.loss_function, {**self.bound_args, **changes}, **self.get_options())
 
     def live_leaves(self) -> Iterator[tuple[str, str, Any]]:
         """The live values bound: the argument of each, its name in the logs, the value itself."""
         for name, value in self.bound_args.items():
-            yield from ((name, f"{name}{place}", leaf) for place, leaf in live_leaves(value))
+            for place, leaf in live_leaves(value):
+                yield name, label_of(self, name, place), leaf
 
     def live_args(self, convert: Callable[[Any], Any]) -> dict[str, Any]:
         """The arguments that hold live values, with each leaf converted."""
@@ -130,15 +135,25 @@ class BoundLoss(keras.losses.Loss):
         return bool(self.live_names) or any(loss.live_names for loss in self.inner_losses)
 
     @property
+    def terms(self) -> "tuple[BoundLoss, ...]":
+        """The losses whose values this loss combines; empty if it is no sum."""
+        return self.bound_args.get("terms", ()) if self.loss_function.is_internal else ()
+
+    def all_terms(self) -> "list[BoundLoss]":
+        """Return the terms, and their terms."""
+        return [one for term in self.terms for one in (term, *term.all_terms())]
+
+    @property
     def parameters(self) -> list[str]:
-        """The extra parameters of the function, but for those of `**extra`."""
-        return self.loss_function.parameters
+        """The extra parameters of the function, without those of `**extra`."""
+        return [] if self.loss_function.is_internal else self.loss_function.parameters
 
     def takes(self, name: str) -> bool:
-        """Whether the function has an extra parameter of that name."""
-        return self.loss_function.takes(name)
+        """Return whether the function has an extra parameter of that name."""
+        return not self.loss_function.is_internal and self.loss_function.takes(name)
 
-    def _options(self) -> dict[str, Any]:
+    def get_options(self) -> dict[str, Any]:
+        """Return name, reduction and dtype."""
         return {"name": self.name, "reduction": self.reduction, "dtype": self.dtype}
 
     def __call__(self, /, y_true: Any, y_pred: Any, sample_weight: Any = None, **extra: Any) -> Any:
@@ -165,23 +180,30 @@ class BoundLoss(keras.losses.Loss):
             BatchError: What came with the batch would be used wrongly, or not at all.
         """
         try:
-            call = Call.of(self, y_pred, sample_weight, extra)
+            inputs = Inputs.of(self, y_pred, sample_weight)
+            call = Call.reduced(self, inputs, extra)
             if in_symbolic_scope():
                 return build(call, y_true, y_pred)
-            value = call.evaluate(y_true, y_pred)
-            for values in call.inputs.values:
-                layer = values.layer()
-                if layer is not None and layer.loss is self:
-                    layer.finish_step(values, call, y_true, y_pred)
+            layers = [(one, one.layer()) for one in inputs.values]
+            layers = [(one, layer) for one, layer in layers if layer and layer.loss is self]
+            losses = {loss for one, layer in layers for loss in layer.losses_to_log(one)}
+            # A loss may be an inner loss of another one, which then finds it computed.
+            values = {
+                loss: (call if loss is self else Call.reduced(loss, inputs)).evaluate(
+                    y_true, y_pred
+                )
+                for loss in sorted({*losses, self}, key=lambda loss: len(loss.inner_losses))
+            }
+            for one, layer in layers:
+                layer.finish_step(one, values, y_pred)
         except Exception:
             give_variables_back()
             raise
-        return value
+        return values[self]
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """Return the loss of each sample, before weights and reduction."""
-        call = Call.of(self, y_pred, None, {})
-        return Call(self, call.inputs).evaluate(y_true, y_pred)
+        return Call(self, Inputs.of(self, y_pred, None)).evaluate(y_true, y_pred)
 
     def get_config(self) -> dict[str, Any]:
         """What `from_config` needs to make this loss again.
@@ -192,7 +214,7 @@ class BoundLoss(keras.losses.Loss):
         function = self.loss_function
         function.refuse_saving()
         return {
-            **self._options(),
+            **self.get_options(),
             "function": function.key,
             "module": function.module,
             "args": {
@@ -229,12 +251,14 @@ class BoundLoss(keras.losses.Loss):
 
     def __repr__(self) -> str:
         function = self.loss_function
+        if function.format is not None:
+            return function.format(self.bound_args)
         given = {name: format_value(value) for name, value in self.bound_args.items()}
         given |= dict.fromkeys(function.missing(self.bound_args), "<from the batch>")
         shown = f"({', '.join(f'{name}={value}' for name, value in given.items())})"
         usual = {"name": function.log_name, "reduction": "sum_over_batch_size"}
         usual["dtype"] = keras.config.floatx()
-        options = {k: repr(v) for k, v in self._options().items() if v != usual[k]}
+        options = {k: repr(v) for k, v in self.get_options().items() if v != usual[k]}
         if not options:
             return f"{function.name}{shown}"
         return (
@@ -256,7 +280,7 @@ class BoundLoss(keras.losses.Loss):
     def __reduce__(self) -> tuple[Any, ...]:
         if self.holds_live:
             return type(self).from_config, (self.get_config(),)
-        return _unpickled, (self.loss_function, self.bound_args, self._options())
+        return _unpickled, (self.loss_function, self.bound_args, self.get_options())
 
     def __setattr__(self, name: str, value: Any) -> None:
         if getattr(self, "_frozen", False):
@@ -268,7 +292,7 @@ class BoundLoss(keras.losses.Loss):
 
     def _refuse_change(self, name: str) -> NoReturn:
         instead = ""
-        if name in self._options():
+        if name in self.get_options():
             instead = f" Make another one, {self.loss_function.name}.options({name}=...)."
         elif self.loss_function.takes(name):
             instead = f" Make another one, loss.replace({name}=...)."
@@ -277,12 +301,15 @@ class BoundLoss(keras.losses.Loss):
             f"{instead}"
         )
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NoReturn:
-        """Refused: what Keras tries with what a factory returns that was itself given as a loss."""
+    def __array__(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse to be a number: Keras and backends try this with what they cannot compute."""
         raise ArgumentError(
-            f"{self!r} is a loss and no number. If {self.loss_function.name} itself is what "
-            f"compile(loss=...) was given, call it: loss={self.loss_function.name}(...)."
+            f"{self!r} is a loss and no number. To weight a loss by a variable, write "
+            f"loss * variable. If {self.loss_function.name} itself is what compile(loss=...) was "
+            f"given, call it: loss={self.loss_function.name}(...)."
         )
+
+    __jax_array__ = __array__
 
 
 def _unpickled(function: LossFunction, args: dict[str, Any], options: dict[str, Any]) -> BoundLoss:

@@ -1,0 +1,118 @@
+"""The inputs that the losses of an output share in one step, besides targets and predictions."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from lossargs._errors import AttachError, BatchError, listed, nearest
+from lossargs._keras import (
+    Step,
+    in_symbolic_scope,
+    is_compiled_by_torch,
+    running_step,
+    weighted_metrics_of,
+)
+from lossargs._live import StepValues, get_step_values
+
+SAMPLE_WEIGHT = "sample_weight"  # the batch entry that is the ordinary sample weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Batch entries and live values of a step, and the losses of samples computed so far."""
+
+    batch: Mapping[str, Any]  # by name
+    weight: Any  # of the samples, or `None`
+    values: Sequence[StepValues]  # carried by the predictions
+    step: Step | None  # that is running; `None` in a user's own loop
+    memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, loss: Any, y_pred: Any, sample_weight: Any) -> "Inputs":
+        """Return the inputs among the arguments that Keras gives to a loss."""
+        is_symbolic = in_symbolic_scope()
+        values = [] if is_symbolic else get_step_values(y_pred)
+        step = values[0].step if values else running_step()
+        # TensorFlow runs this code only in a trace. The others build the model first.
+        if loss.holds_live and (is_symbolic or keras.backend.backend() == "tensorflow"):
+            _refuse_metrics(loss)
+        if not isinstance(sample_weight, Mapping):
+            return cls({}, sample_weight, values, step)
+        batch = {key: value for key, value in sample_weight.items() if key != SAMPLE_WEIGHT}
+        _check_batch(batch, loss)
+        # Keras weights such a metric by the first entry of the dict, in the order of its keys.
+        first = min(sample_weight) if batch else SAMPLE_WEIGHT
+        metrics = None if first == SAMPLE_WEIGHT else weighted_metrics_of(step and step.model)
+        if metrics:
+            raise BatchError(
+                f"weighted_metrics={metrics} would be weighted by the batch entry {first!r}, since "
+                "Keras takes the first entry of a dict for the sample weights. Give these metrics "
+                "as metrics=[...], without weights."
+            )
+        return cls(batch, sample_weight.get(SAMPLE_WEIGHT), values, step)
+
+    # Each loss is evaluated once per step, also if it is a term, an inner loss and tracked.
+
+    def remember(self, key: tuple[Any, Any, Any], values: Any) -> None:
+        """Keep the losses of the samples of a loss, for the same targets and predictions."""
+        if not is_compiled_by_torch():  # which merges equal computations itself
+            loss, y_true, y_pred = key
+            # With the tensors, whose ids must stay theirs.
+            self.memo[loss, self._id(y_true), self._id(y_pred)] = (values, y_true, y_pred)
+
+    def recall(self, key: tuple[Any, Any, Any]) -> Any:
+        """Return the losses of the samples that were kept, or `None`."""
+        if not self.memo or is_compiled_by_torch():
+            return None
+        loss, y_true, y_pred = key
+        return self.memo.get((loss, self._id(y_true), self._id(y_pred)), [None])[0]
+
+    def identify(self, converted: Any, tensor: Any) -> None:
+        """Note that a tensor is another one, converted for a function."""
+        if converted is not tensor and not is_compiled_by_torch():
+            self.memo[id(converted)] = (self._id(tensor), converted)
+
+    def _id(self, tensor: Any) -> int:
+        return int(self.memo.get(id(tensor), [id(tensor)])[0])
+
+
+def _refuse_metrics(loss: Any) -> None:
+    step = running_step()
+    if step is not None and step.method == "compute_metrics":
+        raise AttachError(
+            f"{loss!r} has live arguments, and was given to compile as a metric. Metrics are "
+            "computed outside the step of the model, where these have no value. Let the model "
+            "track it: attach(..., loss, track=[this one])."
+        )
+
+
+def _check_batch(batch: Mapping[str, Any], loss: Any) -> None:
+    """Raise for an entry that no function takes, or that no tensor can be made of."""
+    losses, name = (loss, *loss.inner_losses), loss.loss_function.name
+    for key, value in batch.items():
+        if not any(one.takes(key) for one in losses):
+            known = list(dict.fromkeys(known for one in losses for known in one.parameters))
+            raise BatchError(
+                f"The batch (third element of the data) has an entry {key!r}, which {name} does "
+                f"not take. It takes {listed(known)}.{nearest(str(key), known)} Leave it out. If "
+                "several losses read one batch, add **extra to the parameters."
+            )
+        if value is None:
+            raise BatchError(
+                f"The batch entry {key!r} for {name} is None. Leave it out to use the bound or "
+                "default value, or give an array."
+            )
+        if getattr(getattr(value, "dtype", None), "kind", "") in ("O", "S", "U"):
+            raise BatchError(
+                f"The batch entry {key!r} for {name} is an array of {value.dtype}, which no "
+                "backend can compute with. Give numbers, e.g. array.astype('float32')."
+            )
+
+
+def shape_of(values: Any) -> tuple[int | None, ...]:
+    """Return the shape of a tensor or array, with `None` for sizes that are not known."""
+    shape = values.shape if hasattr(values, "shape") else np.shape(values)
+    return () if getattr(shape, "rank", 0) is None else tuple(shape)  # unknown on TensorFlow

@@ -1,0 +1,251 @@
+"""Sums of losses: `mse() + 0.5 * kl(z_mean, z_log_var)`."""
+
+import dataclasses
+import inspect
+import json
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any, Self
+
+import keras
+import numpy as np
+
+from lossargs._errors import ArgumentError
+from lossargs._function import inspected
+from lossargs._serialization import load_object, reading
+from lossargs._values import format_value, is_live
+
+# Factors of a term: a number, then live values; `("1/", value)` for a divisor.
+Factors = tuple[Any, ...]
+
+
+def weighted_sum(values: Any, _: Any, *, terms: Any = (), weights: Any, constants: Any) -> Any:  # noqa: ARG001
+    """Return the weighted sum of the values of the terms, and of the constants."""
+    parts = [product(weight) * value for weight, value in zip(weights, values, strict=True)]
+    parts += [product(constant) for constant in constants]
+    return sum(parts[1:], parts[0])
+
+
+def product(factors: Factors) -> Any:
+    """Return the product of the factors of a term."""
+    return math.prod(1 / one[1] if isinstance(one, tuple) else one for one in factors)
+
+
+def keras_loss(y_true: Any, y_pred: Any, *, loss: "KerasLoss") -> Any:
+    """Return the losses of the samples by a plain Keras loss."""
+    return loss.wrapped.call(y_true, y_pred)
+
+
+@keras.saving.register_keras_serializable(package="lossargs")
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class KerasLoss:
+    """A plain Keras loss, equal to another one if their configs are."""
+
+    wrapped: keras.losses.Loss
+
+    def _key(self) -> Any:
+        return type(self.wrapped), json.dumps(self.wrapped.get_config(), default=repr)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KerasLoss) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        cls = type(self.wrapped)
+        defaults = {n: p.default for n, p in inspect.signature(cls).parameters.items()}
+        config = {n: v for n, v in self.wrapped.get_config().items() if n in defaults}
+        given = [f"{n}={v!r}" for n, v in config.items() if v != defaults[n] and n != "dtype"]
+        return f"{cls.__name__}({', '.join(given)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _keras_loss_from, (json.dumps(self.get_config()),)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"loss": keras.saving.serialize_keras_object(self.wrapped)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        with reading("A Keras loss in a sum"):
+            return cls(load_object(config["loss"], keras.losses.Loss))
+
+
+def _keras_loss_from(config: str) -> KerasLoss:
+    return KerasLoss.from_config(json.loads(config))
+
+
+def format_sum(args: Mapping[str, Any]) -> str:
+    """Return a sum as the code that makes it."""
+    parts = [
+        _format_term(factors, repr(loss))
+        for factors, loss in zip(args["weights"], args["terms"], strict=True)
+    ]
+    parts += [_format_term(factors, None) for factors in args["constants"]]
+    first, *others = [f"- {part[1:]}" if part[0] == "-" else f"+ {part}" for part in parts]
+    first = first.removeprefix("+ ").replace("- ", "-", 1) if first[0] == "-" else first[2:]
+    return " ".join([first, *others])
+
+
+def _format_term(factors: Factors, loss: str | None) -> str:
+    number, *live = factors
+    shown = [] if loss is None else [loss]
+    if number not in (1, -1) or loss is None:
+        shown.insert(0, repr(abs(number)))
+    text = " * ".join([*shown, *(format_value(one) for one in live if not _is_divisor(one))])
+    text += "".join(f" / {format_value(one[1])}" for one in live if _is_divisor(one))
+    return f"-{text}" if number < 0 else text
+
+
+def _is_divisor(factor: Any) -> bool:
+    return isinstance(factor, tuple)
+
+
+SUM = inspected(weighted_sum, name="sum", package="lossargs")
+SUM.is_internal = True
+SUM.format = format_sum
+KERAS_LOSS = inspected(keras_loss, package="lossargs")
+KERAS_LOSS.is_internal = True
+KERAS_LOSS.format = lambda args: repr(args["loss"])
+
+
+def label_of(loss: Any, name: str, place: str) -> str:
+    """Return the name in the logs of a live value among the arguments of a loss."""
+    if loss.loss_function is not SUM:
+        return f"{name}{place}"
+    term, factor, *_ = (int(index) for index in place.split("_")[1:])
+    of = loss.terms[term].name if name == "weights" else "constant"
+    return f"{of}_weight" if factor == 1 else f"{of}_weight_{factor}"
+
+
+class Arithmetic:
+    """The operators of bound losses."""
+
+    # NumPy scalars on the left leave the operation to the loss.
+    __array_ufunc__ = None
+
+    def __add__(self, other: Any) -> Any:
+        return _of([*_parts(self), *_parts(other)], type(self))
+
+    def __radd__(self, other: Any) -> Any:
+        return _of([*_parts(other), *_parts(self)], type(self))
+
+    def __sub__(self, other: Any) -> Any:
+        return _of([*_parts(self), *_scaled(other, -1)], type(self))
+
+    def __rsub__(self, other: Any) -> Any:
+        return _of([*_parts(other), *_scaled(self, -1)], type(self))
+
+    def __neg__(self) -> Any:
+        return _of(_scaled(self, -1), type(self))
+
+    def __mul__(self, other: Any) -> Any:
+        return _of(_scaled(self, _weight(other, "*")), type(self))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        weight = _weight(other, "/")
+        divisor = ("1/", weight) if is_live(weight) else 1 / weight
+        return _of(_scaled(self, divisor), type(self))
+
+    def replace_in_terms(self: Any, changes: Mapping[str, Any]) -> Any:
+        """Return the sum with some arguments changed, in each term that takes them."""
+        for name in changes:
+            if not any(term.takes(name) for term in self.terms):
+                raise ArgumentError(
+                    f"No term of {self!r} takes {name!r}. Make the sum again for other terms or "
+                    "weights."
+                )
+        terms = tuple(
+            term.replace(**{name: value for name, value in changes.items() if term.takes(name)})
+            for term in self.terms
+        )
+        return self.of(
+            self.loss_function, {**self.bound_args, "terms": terms}, **self.get_options()
+        )
+
+
+# A sum in parts: pairs of factors and a loss, or `None` for a constant.
+Parts = list[tuple[Factors, Any]]
+
+
+def _parts(value: Any) -> Parts:
+    """Return the parts of a summand: a loss, a sum, a Keras loss or a number."""
+    if isinstance(value, Arithmetic):
+        loss: Any = value
+        if loss.loss_function is not SUM:
+            return [((1,), loss)]
+        args = loss.bound_args
+        constants = [(factors, None) for factors in args["constants"]]
+        return [*zip(args["weights"], args["terms"], strict=True), *constants]
+    if isinstance(value, keras.losses.Loss):
+        return [((1,), value)]
+    number = _number(value)
+    if number is None:
+        raise ArgumentError(
+            f"Cannot add {format_value(value)} to a loss. Terms are losses and numbers. Call a "
+            "factory: factory(...); wrap a function: with_args(function)()."
+        )
+    return [((number,), None)] if number else []
+
+
+def _number(value: Any) -> Any:
+    """Return a scalar as a number of Python, or `None`."""
+    if isinstance(value, Real) and not isinstance(value, (bool, np.generic)):
+        return value
+    is_array = isinstance(value, (np.generic, np.ndarray)) or keras.ops.is_tensor(value)
+    if not is_array or is_live(value) or tuple(value.shape):
+        return None
+    number = keras.ops.convert_to_numpy(value).item()
+    return number if isinstance(number, Real) and not isinstance(number, bool) else None
+
+
+def _weight(value: Any, operator: str) -> Any:
+    """Return a number or a live scalar that a loss can be weighted by, or raise."""
+    number = _number(value)
+    if number is not None:
+        return number
+    shape = getattr(value, "shape", ())
+    is_weight = is_live(value) and not isinstance(value, keras.KerasTensor)
+    if not is_weight or (shape is not None and tuple(shape) != ()):
+        raise ArgumentError(
+            f"Cannot compute loss {operator} {format_value(value)}. A weight is a number, a scalar "
+            "keras.Variable, a schedule or an Adapter. For a weight per sample, pass it to the "
+            "function: def f(y_true, y_pred, weight): ..."
+        )
+    return value
+
+
+def _scaled(value: Any, factor: Any) -> Parts:
+    """Return the parts of a summand, each with a further factor."""
+    if is_live(factor) or isinstance(factor, tuple):
+        return [((*factors, factor), loss) for factors, loss in _parts(value)]
+    return [((factors[0] * factor, *factors[1:]), loss) for factors, loss in _parts(value)]
+
+
+def _of(parts: Parts, cls: Any) -> Any:
+    """Return the sum of parts as a bound loss."""
+    terms = [(factors, loss) for factors, loss in parts if loss is not None]
+    if len(parts) == len(terms) == 1 and parts[0][0] == (1,):
+        return parts[0][1]
+    bound = tuple(
+        loss if isinstance(loss, Arithmetic) else _bound_keras_loss(loss, cls) for _, loss in terms
+    )
+    args = {
+        "terms": bound,
+        "weights": tuple(factors for factors, _ in terms),
+        "constants": tuple(factors for factors, loss in parts if loss is None),
+    }
+    return cls.of(SUM, args, name="sum", reduction="sum_over_batch_size", dtype=None)
+
+
+def _bound_keras_loss(loss: Any, cls: Any) -> Any:
+    if type(loss).__call__ is not keras.losses.Loss.__call__:
+        raise ArgumentError(
+            f"Cannot add a {type(loss).__name__}, which defines `__call__`. Write its formula as "
+            "a function: with_args(function)()."
+        )
+    options = {"name": loss.name, "reduction": loss.reduction, "dtype": loss.dtype}
+    return cls.of(KERAS_LOSS, {"loss": KerasLoss(loss)}, **options)
