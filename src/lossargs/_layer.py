@@ -128,10 +128,11 @@ class LossArgs(keras.Layer):
                 logged = (label, adapter(leaf))
                 if logged[1].shape == () and logged not in metrics:
                     metrics[logged] = LiveValue(label)
-                live.append(LiveArg(one, name, *logged, metrics.get(logged)))
+                metric = metrics.get(logged)
+                live.append(LiveArg(one, name, label, cache_key(leaf), logged[1], metric))
         tracked = tuple((one, TrackedLoss(name=one.name)) for one in to_log)
-        logged = tuple((metric, adapter) for (_, adapter), metric in metrics.items())
-        self._contents = _Contents(losses, adapters, tuple(live), logged, tracked, track)
+        scalars = tuple((metric, adapter) for (_, adapter), metric in metrics.items())
+        self._contents = _Contents(losses, adapters, tuple(live), scalars, tracked, track)
         # For Keras to find them.
         self.adapters = list(dict.fromkeys(adapters.values()))
         self.logged = [*metrics.values(), *(metric for _, metric in tracked)]

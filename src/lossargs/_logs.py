@@ -53,6 +53,7 @@ class LiveArg:
     loss: BoundLoss
     name: str  # of the argument
     label: str  # of the argument, and the place of the value in it
+    key: Any  # equal for arguments with one value
     adapter: Adapter
     metric: LiveValue | None  # logs the value, if it is a scalar
 
@@ -105,13 +106,13 @@ def names_of(
     for prefix in ("loss", "layer") if by_layer else ("loss",):
         values: dict[str, set[Any]] = {name: {None} for name in others}
         for _, one in live:
-            values.setdefault(names[id(one)], set()).add(one.adapter)
+            values.setdefault(names[id(one)], set()).add(one.key)
         for layer, one in live:
             if len(values[names[id(one)]]) > 1:
                 name = one.loss.name if prefix == "loss" else layer.name
                 names[id(one)] = f"{name}_{labels[id(one)]}"
     named = [(names[id(one)], one) for _, one in live]
-    distinct = dict.fromkeys((name, one.adapter) for name, one in named)
+    distinct = dict.fromkeys((name, one.key) for name, one in named)
     metrics = [
         (in_output(layer, loss, loss.name), metric)
         for layer in layers
