@@ -13,7 +13,6 @@ from lossargs._errors import (
     ArgumentError,
     AttachError,
     BatchError,
-    EngineError,
     LossArgsError,
     listed,
 )
@@ -310,7 +309,7 @@ class _InnerLoss(keras.losses.Loss):
 def build(call: Call, y_true: Any, y_pred: Any) -> Any:
     """Check a model before its first step, in which Keras computes the loss of stand-ins."""
     if call.model is not None and torch_processes() > 1:
-        raise EngineError(
+        raise LossArgsError(
             f"torch.distributed runs {torch_processes()} processes, and on PyTorch Keras's "
             "fit() trains in one: each would train a model of its own, on all the data it is "
             "given. Write the loop yourself: parallel = DistributedDataParallel(model), "

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Self
 import keras
 
 from lossargs._call import Call, build
-from lossargs._errors import ArgumentError, ImmutableError, SavingError, listed
+from lossargs._errors import ArgumentError, SavingError, listed
 from lossargs._function import LossFunction, registered
 from lossargs._keras import give_variables_back, in_symbolic_scope
 from lossargs._live import decode_live, encode_live
@@ -272,7 +272,7 @@ class BoundLoss(keras.losses.Loss):
             instead = f" Make another one, {self.loss_function.name}.options({name}=...)."
         elif self.loss_function.takes(name):
             instead = f" Make another one, loss.replace({name}=...)."
-        raise ImmutableError(
+        raise AttributeError(
             f"{self!r} cannot be changed ({name!r}): it may be in use elsewhere, as one object."
             f"{instead}"
         )
