@@ -17,15 +17,13 @@ from lossargs._errors import (
     AttachError,
     BatchError,
     DerivativeError,
-    EngineError,
-    ImmutableError,
     LossArgsError,
     SavingError,
-    SignatureError,
 )
-from lossargs._factory import with_args
+from lossargs._factory import LossFactory, with_args
 from lossargs._layer import LossArgs
 from lossargs._live import Adapter
+from lossargs._loss import BoundLoss
 
 __version__ = "0.1.0"
 
@@ -34,13 +32,12 @@ __all__ = [
     "ArgumentError",
     "AttachError",
     "BatchError",
+    "BoundLoss",
     "DerivativeError",
-    "EngineError",
-    "ImmutableError",
     "LossArgs",
     "LossArgsError",
+    "LossFactory",
     "SavingError",
-    "SignatureError",
     "attach",
     "derivatives",
     "detach",

@@ -1,11 +1,12 @@
 """The kinds of live arguments."""
 
+from collections.abc import Iterable
 from typing import Any, Self
 
 import keras
 import numpy as np
 
-from lossargs._keras import in_sharing_scope, is_autocast
+from lossargs._keras import flat_layers, in_sharing_scope, is_autocast, own_variables
 from lossargs._live import Adapter, Untracked
 from lossargs._serialization import decode, encode, load_object, reading
 from lossargs._values import format_value
@@ -110,6 +111,19 @@ class VariableAdapter(Adapter):
             # The constructor of a Keras layer takes any object as its dtype, this method does not.
             adapter: Self = super().from_config({**config, "variable": variable})
             return adapter
+
+
+def refer_to_owners(adapters: Iterable[Adapter], layers: Iterable[Any]) -> None:
+    """Let the layers of a graph save the variables that are their weights."""
+    owners: dict[int, Any] = {}
+    for layer in layers:
+        inside = [one for one in flat_layers(layer) if not isinstance(one, Adapter)]
+        own = {id(variable) for one in inside for variable in own_variables(one)}
+        weights = enumerate(layer.weights)
+        owners |= {id(weight): (layer, i) for i, weight in weights if id(weight) in own}
+    for adapter in adapters:
+        if isinstance(adapter, VariableAdapter) and id(adapter.variable) in owners:
+            adapter.refer_to(*owners[id(adapter.variable)])
 
 
 @keras.saving.register_keras_serializable(package="lossargs")

@@ -5,6 +5,7 @@ from typing import Any, TypeVar, cast
 
 import keras
 
+from lossargs._adapters import refer_to_owners
 from lossargs._derivatives import undifferentiated
 from lossargs._errors import AttachError, listed, nearest
 from lossargs._keras import (
@@ -16,10 +17,10 @@ from lossargs._keras import (
     own_variables,
     producer,
 )
-from lossargs._layer import LossArgs, check_is_bound, layers_of, output_names_of
-from lossargs._live import Adapter, Untracked
-from lossargs._logs import LiveArg, names_of
-from lossargs._loss import BoundLoss
+from lossargs._layer import LossArgs
+from lossargs._live import Adapter, Untracked, layers_of
+from lossargs._logs import LiveArg, names_of, output_names_of
+from lossargs._loss import BoundLoss, check_is_bound
 from lossargs._serialization import reading
 
 Target = TypeVar("Target")
@@ -225,7 +226,7 @@ def _attach_tensor(output: Any, loss: BoundLoss, track: Any, kept: dict[Any, Ada
     tensors = [adapter.tensor for adapter in layer.readers()]
     output = _before(output)
     _, layers = ancestors([output, *(t for t in tensors if t is not None)])
-    layer.note_weights_of(layers)
+    refer_to_owners(layer.adapters, layers)
     return (layer(output, tensors) if tensors else layer(output)), layer
 
 
@@ -371,7 +372,7 @@ def _attach_sequential(model: Any, loss: Any, track: Any) -> Any:
     if not layer.readers():
         layers = [one for one in model.layers if not isinstance(one, LossArgs)]
         names_of([layer], by_layer=False)
-        layer.note_weights_of(layers)
+        refer_to_owners(layer.adapters, layers)
         attached = _sequential(model, [*layers, layer])
         _refuse_saving_own_weights(attached, [layer])
         return _remember(attached, kept)

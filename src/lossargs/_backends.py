@@ -4,26 +4,24 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import sys
 from pathlib import Path
 
 from lossargs._errors import listed, more, nearest
 
 TRAINING = ("tensorflow", "jax", "torch")
-KNOWN = (*TRAINING, "numpy", "openvino")
-PACKAGES = {"numpy": "jax"}  # Keras's NumPy backend borrows parts of its JAX backend
+PACKAGES = {**{name: name for name in TRAINING}, "numpy": "jax", "openvino": "openvino"}
 CHOOSE = 'import os; os.environ["KERAS_BACKEND"] = "{}"'
 
 
-def is_installed(backend: str) -> bool:
-    """Return whether the package of a backend is installed."""
-    spec = importlib.util.find_spec(PACKAGES.get(backend, backend))
+def is_installed(package: str) -> bool:
+    """Return whether a package is installed."""
+    spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None  # a mere folder of that name has none
 
 
-def version(backend: str) -> str:
-    """Return the version of an installed backend; TensorFlow comes under several names."""
-    names = importlib.metadata.packages_distributions().get(backend)
+def version(package: str) -> str:
+    """Return the version of an installed package; TensorFlow comes under several names."""
+    names = importlib.metadata.packages_distributions().get(package)
     return importlib.metadata.version(names[0]) if names else "unknown version"
 
 
@@ -41,27 +39,20 @@ def choice() -> tuple[str, str]:
 
 
 def explain(error: Exception) -> None:
-    """Raise an error that says what to install, if Keras failed because its backend is missing.
-
-    Run as `python -m lossargs`, the process ends with this line instead of a traceback.
-    """
+    """Raise an error that says what to install, if Keras failed because its backend is missing."""
     backend, source = choice()
-    found = [name for name in TRAINING if is_installed(name)]
-    missing = PACKAGES.get(backend, backend)
-    if backend not in KNOWN:
-        cause = f"Keras has no backend {backend!r} ({source}).{nearest(backend, KNOWN)}"
-        remedies = [] if found else ["install one: `python -m pip install jax`"]
-    elif getattr(error, "name", "keras") == "keras" or is_installed(backend):
+    package = PACKAGES.get(backend)
+    if getattr(error, "name", "") == "keras" or (package and is_installed(package)):
         return
-    else:
-        cause = f"Keras is to run on {backend!r} ({source}), and {missing!r} is not installed."
-        remedies = [f"install it: `python -m pip install {missing}`"]
+    found = [name for name in TRAINING if is_installed(name)]
+    problem = f"{package!r} is not installed" if package else "Keras has no such backend"
+    message = (
+        f"Keras selects the backend {backend!r} ({source}), and {problem}."
+        f"{nearest(backend, PACKAGES) if not package else ''} Backends installed: {listed(found)}. "
+        f"Install one: `python -m pip install {package or 'jax'}`"
+    )
     if found:
-        remedies.append(f"before importing Keras, `{CHOOSE.format(found[0])}`")
-    remedy = ", or ".join(remedies)
-    message = f"{cause} Backends installed: {listed(found)}. {remedy[0].upper()}{remedy[1:]}."
-    if sys.argv[0] == "-m" and sys.orig_argv[-len(sys.argv)] in ("lossargs", "-mlossargs"):
-        sys.exit(message)
-    no_backend = ModuleNotFoundError(message, name=missing)
+        message += f", or choose one before importing Keras: `{CHOOSE.format(found[0])}`"
+    no_backend = ModuleNotFoundError(f"{message}.", name=package)
     no_backend.add_note(more(ModuleNotFoundError))
     raise no_backend from error

@@ -10,7 +10,6 @@ from lossargs._errors import (
     ArgumentError,
     AttachError,
     BatchError,
-    EngineError,
     LossArgsError,
     listed,
 )
@@ -18,7 +17,6 @@ from lossargs._inputs import Inputs, shape_of
 from lossargs._keras import (
     ReadScope,
     Sandbox,
-    flat_layers,
     in_symbolic_scope,
     scale_loss_for_distribution,
     squeeze_or_expand_to_same_rank,
@@ -26,6 +24,7 @@ from lossargs._keras import (
     unscale_loss_for_distribution,
     variables_can_be_assigned,
 )
+from lossargs._live import layers_of
 from lossargs._values import describe_lists, map_leaves, to_tensors
 
 
@@ -136,7 +135,7 @@ class Call(keras.losses.Loss):
         """Return the arguments that a layer should have given with the predictions."""
         names = dict.fromkeys(self.loss.live_names)
         if self.loss.layers:
-            layers = self.loss.layers if self.model is None else attached_layers(self.model)
+            layers = self.loss.layers if self.model is None else layers_of(self.model)
             for layer in layers:
                 names |= dict.fromkeys(layer.names_given_to(self.loss))
         return list(names)
@@ -144,7 +143,7 @@ class Call(keras.losses.Loss):
     def _not_attached(self, names: Sequence[str]) -> AttachError:
         what = f"{self.loss!r} has live arguments ({listed(names)}), and "
         attached = [loss for values in self.inputs.values for loss in values.losses()]
-        attached = attached or [layer.loss for layer in attached_layers(self.model)]
+        attached = attached or [layer.loss for layer in layers_of(self.model)]
         others = [loss for loss in attached if loss is not self.loss]
         if others:
             return AttachError(
@@ -320,14 +319,14 @@ class Call(keras.losses.Loss):
 def build(call: Call, y_true: Any, y_pred: Any) -> Any:
     """Check a model before its first step, in which Keras computes the loss of stand-ins."""
     if call.model is not None and torch_processes() > 1:
-        raise EngineError(
+        raise LossArgsError(
             f"torch.distributed runs {torch_processes()} processes, and on PyTorch Keras's "
             "fit() trains in one: each would train a model of its own, on all the data it is "
             "given. Write the loop yourself: parallel = DistributedDataParallel(model), "
             "loss(y_true, parallel(x, training=True), ...).backward(), and a torch.optim "
             "optimizer; examples/distributed.py has it."
         )
-    layers = attached_layers(call.model)
+    layers = layers_of(call.model)
     for layer in layers:
         layer.prepare(call.model)
     if call.model is not None:
@@ -335,12 +334,6 @@ def build(call: Call, y_true: Any, y_pred: Any) -> Any:
     if any(call.loss in layer.get_losses() for layer in layers):
         return keras.ops.zeros((), dtype=call.loss.dtype)  # stand-ins carry no values
     return call.evaluate(y_true, y_pred)
-
-
-def attached_layers(model: Any) -> list[Any]:
-    """Return the `LossArgs` layers of a model."""
-    layers = [] if model is None else flat_layers(model)
-    return [layer for layer in layers if hasattr(layer, "get_losses")]
 
 
 def _is_one_number(values: Any, sample_weight: Any) -> bool:

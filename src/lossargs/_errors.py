@@ -21,12 +21,8 @@ class LossArgsError(Exception):
         self.add_note(more(documented))
 
 
-class SignatureError(LossArgsError, TypeError):
-    """The function cannot be made a loss factory."""
-
-
 class ArgumentError(LossArgsError, TypeError):
-    """An argument is missing, unknown, given twice, or of a kind that cannot work."""
+    """A function or an argument is of a kind that cannot work; or an argument is missing."""
 
 
 class AttachError(LossArgsError):
@@ -43,14 +39,6 @@ class SavingError(LossArgsError):
 
 class DerivativeError(LossArgsError):
     """A derivative does not exist, or the backend cannot take it."""
-
-
-class EngineError(LossArgsError):
-    """An engine for several processes would train a model of its own in each of them."""
-
-
-class ImmutableError(LossArgsError, AttributeError):
-    """A bound loss was to be changed in place."""
 
 
 def listed(names: Iterable[str]) -> str:

@@ -1,13 +1,12 @@
 """`with_args`: from a function of `(y_true, y_pred, **extra)` to a factory of losses."""
 
 import functools
-import inspect
 from collections.abc import Callable
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypedDict, Unpack, overload
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypedDict, Unpack, overload
 
 import keras
 
-from lossargs._function import LossFunction, inspected
+from lossargs._function import LossFunction
 from lossargs._loss import BoundLoss
 
 P = ParamSpec("P")
@@ -25,22 +24,46 @@ class _AllOptions(Options, total=False):
     package: str | None
 
 
-class LossFactory(Generic[P]):
-    """Binds the extra arguments of a loss function, `__wrapped__`; made by `with_args`."""
+class Factory(Generic[P]):
+    """Binds the extra arguments of a function, `__wrapped__`."""
 
-    def __init__(
-        self, function: LossFunction, *, name: str | None, reduction: str | None, dtype: Any
-    ) -> None:
-        functools.update_wrapper(self, function.fn)
+    def __init__(self, function: Any, **options: Any) -> None:
+        wrapper: Any = self
+        functools.update_wrapper(wrapper, function.fn)
         self.__signature__ = function.signature
         self.function = function
-        name = name or function.log_name
+        self._options = options
+        self._key = (type(self), function, *options.values())
+
+    def __repr__(self) -> str:
+        return f"<{self.function.kind} factory {self.function.name}{self.__signature__}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Factory) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __deepcopy__(self, memo: object = None) -> Self:
+        return self
+
+    __copy__ = __deepcopy__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(type(self), self.function, **self._options), ()
+
+
+class LossFactory(Factory[P]):
+    """Binds the extra arguments of a loss function, `__wrapped__`; made by `with_args`."""
+
+    def __init__(self, function: LossFunction, **options: Unpack[Options]) -> None:
+        name = options.get("name") or function.log_name
+        reduction, dtype = options["reduction"], options.get("dtype")
         # Checks the options as Keras does, once, here.
         keras.losses.Loss(name=name, reduction=reduction)  # pyright: ignore[reportArgumentType]
         if dtype is not None:
             dtype = keras.dtype_policies.get(dtype).compute_dtype
-        self._options = {"name": name, "reduction": reduction, "dtype": dtype}
-        self._key = (function, *self._options.values())
+        super().__init__(function, name=name, reduction=reduction, dtype=dtype)
 
     # The first form is what editors show. The second lets any argument be left to the batch, and
     # be a value that stands for the annotated one.
@@ -70,23 +93,6 @@ class LossFactory(Generic[P]):
             huber.options(reduction='sum')(delta=2.0)
         """
         return LossFactory(self.function, **{**self._options, **changes})
-
-    def __repr__(self) -> str:
-        return f"<loss factory {self.function.name}{inspect.signature(self)}>"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, LossFactory) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __deepcopy__(self, memo: object = None) -> "LossFactory[P]":
-        return self
-
-    __copy__ = __deepcopy__
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial(LossFactory, self.function, **self._options), ()
 
 
 class _Decorator(Protocol):
@@ -125,12 +131,12 @@ def with_args(
         fn: A function `fn(y_true, y_pred, ...)`. Keras passes two tensors by position. Further
             parameters have names; defaults and `**extra` are allowed. It returns a tensor with
             one number for each sample, shape `(batch_size, ...)`, or a scalar.
-        name: The name of the losses in logs, and of the function in saved models; by default the
-            name of the function.
+        name: The name of the losses in logs; by default the name of the function.
         reduction: How Keras reduces the losses of the samples: `"sum_over_batch_size"`, `"sum"`,
             `"mean"`, `"mean_with_sample_weight"`, `"none"` or `None`.
         dtype: The dtype of the computation, e.g. `"float32"`; by default `keras.config.floatx()`.
-        package: Saved losses find the function by package and name; by default its module.
+        package: Saved losses find the function by its qualified name in this package, by default
+            its module. It keeps models loadable when the function moves to another module.
 
     Returns:
         The factory. Calling it with extra arguments returns a loss. An argument left out comes by
@@ -138,8 +144,8 @@ def with_args(
         Without `fn`, a decorator.
 
     Raises:
-        SignatureError: The function cannot be called with two tensors and named extra arguments, or
-            another function has its name.
+        ArgumentError: The function cannot be called with two tensors and named extra arguments, or
+            another function has its saved name.
 
     Examples:
         >>> import keras
@@ -156,5 +162,5 @@ def with_args(
         return functools.partial(
             with_args, name=name, reduction=reduction, dtype=dtype, package=package
         )
-    function = inspected(fn, name=name, package=package)
+    function = LossFunction.of(fn, package)
     return LossFactory(function, name=name, reduction=reduction, dtype=dtype)

@@ -1,62 +1,96 @@
-"""A user's loss function: its extra parameters, and the name that saved losses hold."""
+"""A user's function: its extra parameters, and the name by which saved models find it."""
 
 import contextlib
 import functools
 import inspect
 import pkgutil
 import types
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import keras
 
-from lossargs._errors import (
-    ArgumentError,
-    LossArgsError,
-    SavingError,
-    SignatureError,
-    listed,
-    nearest,
-)
+from lossargs._errors import ArgumentError, LossArgsError, SavingError, listed, nearest
 from lossargs._keras import get_object_name
 from lossargs._serialization import NOT_LOSSES
 
-# Parameters of `loss(y_true, y_pred, sample_weight=None, **extra)`.
-RESERVED = ("y_true", "y_pred", "sample_weight")
-
-_registry: "dict[str, LossFunction]" = {}
+_registry: "dict[tuple[type, str], Function]" = {}
 
 
-class LossFunction:
-    """A function `fn(y_true, y_pred, **extra)`, inspected once; `key` is its name when saved."""
+class Function:
+    """A function of tensors and extra arguments, inspected once; `key` is its name when saved."""
+
+    kind: ClassVar[str]  # of object that is made of it
+    decorator: ClassVar[str]
+    tensors: ClassVar[tuple[str, ...]]  # its first parameters
+    reserved: ClassVar[tuple[str, ...]]  # names that no extra parameter can have
+    library: ClassVar[Any] = None  # a module of Keras whose functions are found in any process
 
     is_internal = False  # whether its arguments are given only when it is bound
     format: Callable[[Mapping[str, Any]], str] | None = None  # bound arguments for `repr`
 
-    def __init__(self, fn: Callable[..., Any], *, name: str | None, package: str | None) -> None:
+    def __init__(self, fn: Callable[..., Any], package: str | None = None) -> None:
         self.fn = fn
-        self.name = str(name or getattr(fn, "__name__", type(fn).__name__))
-        self.log_name = name or get_object_name(fn)
-        signature = _checked_signature(fn, self.name)
+        self.name = str(getattr(fn, "__name__", type(fn).__name__))
+        self.log_name: str = get_object_name(fn)
+        count = len(self.tensors)
+        signature = self._checked_signature()
         parameters = list(signature.parameters.values())
         self.signature = signature.replace(
-            parameters=parameters[2:], return_annotation=signature.empty
+            parameters=parameters[count:], return_annotation=signature.empty
         )
-        # Names of the first two parameters, unless a `/` follows them.
-        two = [p.name for p in parameters[:2] if p.kind is p.POSITIONAL_OR_KEYWORD]
-        self._not_extra = (*RESERVED, *two)
-        self._named = {p.name: p for p in parameters[2:] if p.kind is not p.VAR_KEYWORD}
-        self.takes_any_name = len(self._named) < len(parameters) - 2
+        # Names of the first parameters, unless a `/` follows them.
+        first = [p.name for p in parameters[:count] if p.kind is p.POSITIONAL_OR_KEYWORD]
+        self._not_extra = (*self.reserved, *first)
+        self._named = {p.name: p for p in parameters[count:] if p.kind is not p.VAR_KEYWORD}
+        self.takes_any_name = len(self._named) < len(parameters) - count
 
         self._layers = _layers(fn)
-        self._given = {"name": name, "package": package}
+        self.package = package
         # Where another process imports it from.
-        self.module, self.qualname, file = _home(fn, self._layers[-1])
-        self.key = f"{package or self.module}>{name or self.qualname}"
+        self.module, qualname, file = self._home()
+        self.key = f"{package or self.module}>{qualname}"
         self._place = f"{fn.__module__}:{getattr(fn, '__qualname__', '')}"
         # A reloaded module, or a notebook cell that is run again, defines the same function again.
-        self.defined_at = (file or self.module, self.qualname)
+        self._defined_at = (file or self.module, qualname)
+
+    @classmethod
+    def of(cls, fn: Callable[..., Any], package: str | None = None) -> Self:
+        """Return the inspected function, and register it for loading."""
+        new = cls(fn, package)
+        if not isinstance(new._layers[-1], types.FunctionType):
+            return new  # cannot be saved
+        old: Any = _registry.setdefault((cls, new.key), new)
+        if old.fn is fn:
+            return old  # type: ignore[no-any-return]
+        if old._defined_at != new._defined_at:
+            raise ArgumentError(
+                f"Two functions have the saved name {new.key!r}: one of {old._defined_at[0]}, one "
+                f"of {new._defined_at[0]}. Give one a package: @{cls.decorator}(package=...)."
+            )
+        _registry[cls, new.key] = new
+        return new
+
+    @classmethod
+    def find(cls, key: str, module: str) -> Self:
+        """Return the function that a file names; `module` defined it when it was saved."""
+        package, _, name = key.partition(">")
+        # From custom_objects={...} of `load_model`.
+        fn = next(filter(None, map(keras.saving.get_registered_object, (key, name))), None)
+        found: Any = _registry.get((cls, key)) if fn is None else function_of(fn)
+        if isinstance(found, cls):
+            return found
+        if cls.library and package == cls.library.__name__ and name not in NOT_LOSSES:
+            fn = fn or getattr(cls.library, name, None)
+        if isinstance(fn, types.FunctionType):
+            return cls.of(fn)
+        raise SavingError(
+            f"The saved {cls.kind} uses the function {key!r}, which this process does not know. "
+            f"Before loading, import the module that gives it to {cls.decorator} ({module!r} "
+            f"defined it). If it moved, load with custom_objects={{{key!r}: ...}}."
+            f"{nearest(key, [known for _, known in _registry])}"
+        )
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of `factory(*args, **kwargs)` by name; none is required."""
@@ -66,16 +100,16 @@ class LossFunction:
         except TypeError as error:
             raise ArgumentError(
                 f"{self.name}() was given {len(args)} arguments by position and {listed(kwargs)} "
-                f"by name: {error}. It takes {self.signature}. If you compiled with {self.name} "
-                f"itself, call it: loss={self.name}(...)."
+                f"by name: {error}. It takes {self.signature}. If Keras was given {self.name} "
+                f"itself, call it: {self.name}(...)."
             ) from None
         for extra in bound.keys() - self._named.keys():  # the dict of `**extra`
             bound |= bound.pop(extra)
         for name, value in bound.items():
             if function := function_of(value):
                 raise ArgumentError(
-                    f"{name!r} of {self.name}() is the factory {function.name}, not a loss. Call "
-                    f"it: {name}={function.name}(...)."
+                    f"{name!r} of {self.name}() is the factory {function.name}, not a "
+                    f"{function.kind}. Call it: {name}={function.name}(...)."
                 )
         return bound
 
@@ -104,51 +138,36 @@ class LossFunction:
         """Raise `error` for the first name that the function does not take."""
         for name in names:
             if not self.takes(name):
-                known = list(self._named)
                 raise error(
-                    f"{given} {name!r}, which {self.name} does not take. It takes {listed(known)} "
-                    f"besides the first two.{nearest(name, known)}{instead}"
+                    f"{given} {name!r}, which {self.name} does not take. It takes "
+                    f"{listed(self._named)}.{nearest(name, self._named)}{instead}"
                 )
 
     def missing(self, given: Collection[str]) -> list[str]:
         """Return the extra parameters that have no default and are not given."""
         return [n for n, p in self._named.items() if p.default is p.empty and n not in given]
 
-    def _captured(self) -> Iterator[str]:
-        """Yield the names of captured variables, attributes and arguments of partials."""
-        for layer in self._layers:
-            if isinstance(layer, types.FunctionType):
-                cells = zip(layer.__code__.co_freevars, layer.__closure__ or (), strict=True)
-                held = {name: _content(cell) for name, cell in cells}
-            elif isinstance(layer, functools.partial):
-                held = {"args": layer.args, **layer.keywords}
-            else:
-                held = getattr(getattr(layer, "__self__", layer), "__dict__", {})
-            # A decorator holds the function below it, which is a layer of its own.
-            yield from (n for n, value in held.items() if all(value is not f for f in self._layers))
-
     def refuse_saving(self) -> None:
         """Raise if a saved loss could not find this function when it is loaded."""
-        is_function = isinstance(self._layers[-1], types.FunctionType)
-        captured = [] if self._is_at_its_place() else list(self._captured())
+        captured = [] if self._is_at_its_place() else _captured(self._layers)
         problem = None
-        if self.qualname.endswith("<lambda>"):
+        if not isinstance(self._layers[-1], types.FunctionType):
+            problem = f"is a {type(self._layers[-1]).__name__}, not a function"
+        elif self.key.endswith("<lambda>"):
             problem = "is a lambda"
-        elif not is_function or isinstance(self.fn, functools.partial):
-            problem = f"is a {type(self.fn).__name__}, not a function"
         elif captured:
             problem = f"captures {listed(captured)} from the function around it"
         if problem:
-            example = _definition(self.name, ", ".join(("y_true", "y_pred", *captured)))
             raise SavingError(
-                f"{self.name} {problem}. Saved losses hold the name of a function, and "
-                f"nothing that it holds. Write it at the top of a module: {example}."
+                f"{self.name} {problem}. Files hold the name of a function, and nothing that it "
+                f"holds. Write it at the top of a module: {self._definition(*captured)}."
             )
-        if [*map(_source, self._layers)] != [*map(_source, _registry[self.key]._layers)]:
+        registered = _registry[type(self), self.key]
+        if [*map(_source, self._layers)] != [*map(_source, registered._layers)]:
             raise SavingError(
-                f"{self.name} was defined again, with other code, after this loss was bound. Both "
-                f"have the name {self.key!r}. Bind and compile with the new function, or give one "
-                "another name: @with_args(name=...)."
+                f"{self.name} was defined again, with other code, after this {self.kind} was "
+                f"bound: {self.key!r} is the new function. Bind and compile with that one, or "
+                "rename one of them."
             )
 
     def _is_at_its_place(self) -> bool:
@@ -158,58 +177,78 @@ class LossFunction:
         except (ImportError, AttributeError, ValueError):
             return False
 
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
     def __reduce__(self) -> tuple[Any, ...]:
         if not self._is_at_its_place():
             raise SavingError(
                 f"{self.name} is not found at {self._place!r}, and functions are pickled by their "
-                "place. Define and decorate it at the top of a module."
+                f"place. Write it at the top of a module: {self._definition()}."
             )
-        return _unpickled, (self._place, self._given)
+        return _unpickled, (type(self), self._place, self.package)
+
+    def _definition(self, *extra: str) -> str:
+        name = self.name if self.name.isidentifier() else f"my_{self.kind}"
+        return f"`def {name}({', '.join((*self.tensors, *extra))}): ...`"
+
+    def _checked_signature(self) -> inspect.Signature:
+        """Return the signature of a function of tensors and named extra arguments, or raise."""
+        made = (type, keras.losses.Loss, keras.optimizers.schedules.LearningRateSchedule)
+        count, call = len(self.tensors), f"{self.name}({', '.join(self.tensors)})"
+        try:
+            if isinstance(self.fn, made) or function_of(self.fn):
+                raise TypeError("it is not a function")
+            signature = inspect.signature(self.fn)
+            parameters = list(signature.parameters.values())
+            first = [p.kind <= p.POSITIONAL_OR_KEYWORD and p.name != "self" for p in parameters]
+            if first[:count] != [True] * count:
+                raise TypeError(f"{self.name}{signature} cannot be called as {call}")
+            for extra in parameters[count:]:
+                if extra.kind in (extra.POSITIONAL_ONLY, extra.VAR_POSITIONAL):
+                    raise TypeError(f"its parameter {extra.name!r} has to have a name in a call")
+                if extra.name in self.reserved:
+                    raise TypeError(f"{extra.name!r} is a name of Keras")
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(
+                f"{self.decorator}() cannot use {self.fn!r}: {error}. Write "
+                f"{self._definition('extra')}, or take a function of Keras: keras.losses.huber. A "
+                "decorator needs functools.wraps."
+            ) from error
+        return signature
+
+    def _home(self) -> tuple[str, str, str | None]:
+        """Return the module and qualified name for another process, and the file."""
+        qualname = getattr(self.fn, "__qualname__", type(self.fn).__qualname__)
+        names = getattr(self._layers[-1], "__globals__", {})
+        module, file, spec = self.fn.__module__, names.get("__file__"), names.get("__spec__")
+        if getattr(self.library, qualname, None) is self.fn:
+            module = self.library.__name__  # its public module
+        elif module in ("__main__", "__mp_main__"):
+            # Another process imports the script under this name.
+            script = Path(file).stem if file else module
+            module = script if spec is None or spec.name == "__main__" else spec.name
+        return module, qualname, file
 
 
-def inspected(
-    fn: Callable[..., Any], *, name: str | None = None, package: str | None = None
-) -> LossFunction:
-    """Return the `LossFunction` of a function, and register it for loading."""
-    new = LossFunction(fn, name=name, package=package)
-    old = _registry.setdefault(new.key, new)
-    if old.fn is fn:
-        return old
-    if old.defined_at != new.defined_at:
-        raise SignatureError(
-            f"Two different functions are called {new.key!r}: {old.qualname} of "
-            f"{old.defined_at[0]} and {new.qualname} of {new.defined_at[0]}. Give one another "
-            "name or package: @with_args(name=...) or @with_args(package=...)."
-        )
-    _registry[new.key] = new
-    return new
+class LossFunction(Function):
+    """A function of `(y_true, y_pred, **extra)`."""
+
+    kind, decorator = "loss", "with_args"
+    tensors = ("y_true", "y_pred")
+    reserved = (*tensors, "sample_weight")  # arguments of Keras
+    library = keras.losses
 
 
 def registered(key: str, module: str) -> LossFunction:
     """Return the function that a saved loss names; `module` defined it when it was saved."""
-    package, _, name = key.partition(">")
-    # From custom_objects={...} of `load_model`.
-    fn = next(filter(None, map(keras.saving.get_registered_object, (key, name))), None)
-    if fn is None and key in _registry:
-        return _registry[key]
-    if fn is None and package == "keras.losses" and name not in NOT_LOSSES:
-        fn = getattr(keras.losses, name, None)
-    if function := function_of(fn):
-        return function
-    if isinstance(fn, types.FunctionType):
-        return inspected(fn)
-    raise SavingError(
-        f"The saved loss uses the function {key!r}, which this process does not know. Before "
-        f"loading, import the module that gives it to with_args ({module!r} defined it). If it "
-        f"moved, give it its old name, @with_args(package={package!r}, name={name!r}), or load "
-        f"with custom_objects={{{key!r}: ...}}.{nearest(key, _registry)}"
-    )
+    return LossFunction.find(key, module)
 
 
-def function_of(factory: Any) -> LossFunction | None:
-    """Return the function of a loss factory, or `None`."""
+def function_of(factory: Any) -> Function | None:
+    """Return the function of a factory, or `None`."""
     function = getattr(factory, "function", None)
-    return function if isinstance(function, LossFunction) else None
+    return function if isinstance(function, Function) else None
 
 
 def _function_at(place: str) -> Any:
@@ -218,69 +257,34 @@ def _function_at(place: str) -> Any:
     return found if function is None else function.fn
 
 
-def _unpickled(place: str, given: dict[str, str | None]) -> LossFunction:
-    return inspected(_function_at(place), **given)
+def _unpickled(cls: type[Function], place: str, package: str | None) -> Function:
+    return cls.of(_function_at(place), package)
 
 
-def _definition(name: str, parameters: str) -> str:
-    return f"`def {name if name.isidentifier() else 'my_loss'}({parameters}): ...`"
-
-
-def _checked_signature(fn: Any, name: str) -> inspect.Signature:
-    """Return the signature of a function that can be a loss with extra arguments, or raise."""
-    example = _definition(name, "y_true, y_pred, shift")
-    try:
-        if isinstance(fn, (type, keras.losses.Loss)) or function_of(fn):
-            raise TypeError("it is not a function")
-        signature = inspect.signature(fn)
-    except (ValueError, TypeError) as error:
-        raise SignatureError(
-            f"with_args() needs a function of (y_true, y_pred, ...) and was given {fn!r}: {error}. "
-            f"Write {example}. For a Keras loss pass its function, e.g. keras.losses.huber."
-        ) from error
-    parameters = list(signature.parameters.values())
-    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    are_two = [p.kind in by_position and p.name != "self" for p in parameters[:2]] == [True, True]
-    if not are_two:
-        raise SignatureError(
-            f"{name}{signature} cannot be called as {name}(y_true, y_pred), as Keras does. Write "
-            f"{example}. A decorator on it should use functools.wraps."
-        )
-    for extra in parameters[2:]:
-        is_named = extra.kind not in (extra.POSITIONAL_ONLY, extra.VAR_POSITIONAL)
-        if not is_named or extra.name in RESERVED:
-            raise SignatureError(
-                f"{name}{signature} cannot have the extra parameter {extra.name!r}. Extra "
-                f"arguments have names, and {listed(RESERVED)} are those of Keras. Write {example}."
-            )
-    return signature
-
-
-def _layers(fn: Any) -> tuple[Any, ...]:
-    """Return the function, and the ones that its decorators and partials hold."""
+def _layers(fn: Any) -> list[Any]:
+    """Return the function, and the ones that its decorators hold."""
     layers = [fn]
-    while below := getattr(layers[-1], "__wrapped__", None) or getattr(layers[-1], "func", None):
-        layers.append(below)
-    return tuple(layers)
+    while hasattr(layers[-1], "__wrapped__") and not isinstance(layers[-1], functools.partial):
+        layers.append(layers[-1].__wrapped__)
+    return layers
 
 
-def _home(fn: Any, inner: Any) -> tuple[str, str, str | None]:
-    """Return the module and qualified name for another process, and the file."""
-    qualname = getattr(fn, "__qualname__", type(fn).__qualname__)
-    names = getattr(inner, "__globals__", {})
-    module, file = fn.__module__, names.get("__file__")
-    if isinstance(fn, functools.partial):  # its own module is `functools`
-        module, qualname = getattr(inner, "__module__", module), "partial"
-    if getattr(keras.losses, qualname, None) is fn:
-        module = "keras.losses"  # its public module
-    elif module in ("__main__", "__mp_main__"):
-        # Another process imports the script under this name.
-        spec = names.get("__spec__")
-        if spec is not None and spec.name != "__main__":
-            module = spec.name
-        elif file:
-            module = Path(file).stem
-    return module, qualname, file
+def _captured(layers: list[Any]) -> list[str]:
+    """Return the names of the variables that functions take from the functions around them."""
+    functions = [layer for layer in layers if isinstance(layer, types.FunctionType)]
+    # A decorator holds the function below it, which is a layer of its own.
+    return [
+        name
+        for fn in functions
+        for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
+        if all(_content(cell) is not layer for layer in layers)
+    ]
+
+
+def _content(cell: types.CellType) -> Any:
+    with contextlib.suppress(ValueError):  # the variable is not assigned yet
+        return cell.cell_contents
+    return None
 
 
 def _source(fn: Any) -> Any:
@@ -288,12 +292,6 @@ def _source(fn: Any) -> Any:
     if not isinstance(fn, types.FunctionType):
         return type(fn)
     return _without_lines(fn.__code__), repr((fn.__defaults__, fn.__kwdefaults__))
-
-
-def _content(cell: types.CellType) -> Any:
-    with contextlib.suppress(ValueError):  # the variable is not assigned yet
-        return cell.cell_contents
-    return None
 
 
 def _without_lines(code: types.CodeType) -> types.CodeType:

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import keras
 
-from lossargs._adapters import VariableAdapter
+from lossargs._adapters import VariableAdapter, refer_to_owners
 from lossargs._errors import AttachError, LossArgsError, SavingError, listed, nearest
 from lossargs._keras import (
     AutocastScope,
@@ -16,22 +16,18 @@ from lossargs._keras import (
     Step,
     allow_any_arguments,
     called_for_training,
-    flat_layers,
     follow_in_epochs,
     give_variables_back,
     in_legacy_saving,
     in_sharing_scope,
     in_symbolic_scope,
-    metric_names,
-    own_variables,
-    producer,
     running_step,
     unscale_loss_for_distribution,
     variables_can_be_assigned,
 )
 from lossargs._live import Adapter, StepValues, adapter_of, set_step_values
 from lossargs._logs import LiveArg, LiveValue, TrackedLoss, check_names, settle_names
-from lossargs._loss import BoundLoss
+from lossargs._loss import BoundLoss, check_is_bound
 from lossargs._serialization import load_object, reading
 from lossargs._values import cache_key, is_live
 
@@ -357,22 +353,9 @@ class LossArgs(keras.Layer):
                 "and to compile. For a model that was loaded or cloned, take the `loss` of its "
                 "LossArgs layer. For another loss take model = detach(model)."
             )
-        settle_names(layers_of(model), metric_names(model), output_names_of(model))
+        settle_names(model)
         if is_own and isinstance(model, (Functional, keras.Sequential)):
-            self.note_weights_of(model.layers)
-
-    def note_weights_of(self, layers: Iterable[Any]) -> None:
-        """Let variables that are weights of other layers of the graph be saved by these."""
-        owners = {
-            id(variable): (layer, place)
-            for layer in layers
-            for own in [_ids_of_weights(layer)]
-            for place, variable in enumerate(layer.weights)
-            if id(variable) in own
-        }
-        for adapter in self.adapters:
-            if isinstance(adapter, VariableAdapter) and id(adapter.variable) in owners:
-                adapter.refer_to(*owners[id(adapter.variable)])
+            refer_to_owners(self.adapters, model.layers)
 
     def get_config(self) -> dict[str, Any]:
         """Return what `from_config` needs to make this layer again.
@@ -409,33 +392,3 @@ class LossArgs(keras.Layer):
             saved = [config.pop("loss"), *config.pop("track")]
             loss, *track = [load_object(one, BoundLoss) for one in saved]
             return cls(loss, track=track, **config)
-
-
-def _ids_of_weights(layer: keras.Layer) -> set[int]:
-    """Return the ids of the weights of a layer, without those of live arguments."""
-    inside = [one for one in flat_layers(layer) if not isinstance(one, Adapter)]
-    return {id(variable) for one in inside for variable in own_variables(one)}
-
-
-def check_is_bound(loss: Any) -> None:
-    """Raise unless a factory made the loss."""
-    if not isinstance(loss, BoundLoss):
-        raise AttachError(
-            f"{loss!r} is not a loss with arguments. Make one: with_args(function)(...), for "
-            "example with_args(keras.losses.mean_squared_error)()."
-        )
-
-
-def output_names_of(model: keras.Model) -> dict[LossArgs, str]:
-    """Return the names of the outputs that `LossArgs` layers give; empty if there is one output."""
-    outputs = model.output if isinstance(model, Functional) else None
-    if not isinstance(outputs, (dict, list, tuple)) or len(model.outputs) < 2:
-        return {}
-    pairs = zip(model.outputs, model.output_names, strict=False)
-    names = {producer(output)[0]: name for output, name in pairs}
-    return {layer: name for layer, name in names.items() if isinstance(layer, LossArgs)}
-
-
-def layers_of(model: keras.Layer) -> list[LossArgs]:
-    """Return the `LossArgs` layers of a model."""
-    return [layer for layer in flat_layers(model) if isinstance(layer, LossArgs)]

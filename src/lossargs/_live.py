@@ -11,6 +11,7 @@ from lossargs._keras import (
     ReadScope,
     Step,
     alias,
+    flat_layers,
     get_tensor_attr,
     in_sharing_scope,
     set_tensor_attr,
@@ -244,3 +245,9 @@ def set_step_values(y_pred: Any, step_values: StepValues) -> Any:
 def get_step_values(y_pred: Any) -> list[StepValues]:
     """Return the values that predictions carry, by each `LossArgs` layer that they passed."""
     return get_tensor_attr(y_pred, _ATTRIBUTE) or []
+
+
+def layers_of(model: Any) -> list[Any]:
+    """Return the `LossArgs` layers of a model; none of `None`."""
+    layers = [] if model is None else flat_layers(model)
+    return [layer for layer in layers if hasattr(layer, "get_losses")]

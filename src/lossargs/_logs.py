@@ -8,7 +8,8 @@ import keras
 import numpy as np
 
 from lossargs._errors import AttachError
-from lossargs._live import Adapter
+from lossargs._keras import Functional, metric_names, producer
+from lossargs._live import Adapter, layers_of
 from lossargs._loss import BoundLoss
 
 # Represents NaN, which processes that compare their initial values would find different.
@@ -123,9 +124,19 @@ def names_of(
     return [*named, *metrics]
 
 
-def settle_names(layers: Iterable[Any], others: Iterable[str], outputs: Mapping[Any, str]) -> None:
+def settle_names(model: keras.Model) -> None:
     """Name the logs of the losses of a model, such that no two have one name."""
-    for name, one in names_of(layers, others, outputs):
+    for name, one in names_of(layers_of(model), metric_names(model), output_names_of(model)):
         metric = one.metric if isinstance(one, LiveArg) else one
         if metric is not None:
             metric.name = name
+
+
+def output_names_of(model: Any) -> dict[Any, str]:
+    """Return the names of the outputs that `LossArgs` layers give; empty if there is one output."""
+    outputs = model.outputs if isinstance(model, Functional) else []
+    if len(outputs) < 2:
+        return {}
+    pairs = zip(outputs, model.output_names, strict=True)
+    names = {producer(output)[0]: name for output, name in pairs}
+    return {layer: name for layer, name in names.items() if hasattr(layer, "get_losses")}

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Self
 import keras
 
 from lossargs._call import Call, build
-from lossargs._errors import ArgumentError, ImmutableError, SavingError, listed
+from lossargs._errors import ArgumentError, AttachError, SavingError, listed
 from lossargs._function import LossFunction, registered
 from lossargs._inputs import Inputs
 from lossargs._keras import give_variables_back, in_symbolic_scope
@@ -104,7 +104,8 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
             huber(delta=2.0)
         """
         if self.terms:
-            return self.replace_in_terms(changes)
+            other: Self = self.replace_in_terms(changes)
+            return other
         changes = self.loss_function.bind((), changes)
         return self.of(self.loss_function, {**self.bound_args, **changes}, **self.get_options())
 
@@ -296,7 +297,7 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
             instead = f" Make another one, {self.loss_function.name}.options({name}=...)."
         elif self.loss_function.takes(name):
             instead = f" Make another one, loss.replace({name}=...)."
-        raise ImmutableError(
+        raise AttributeError(
             f"{self!r} cannot be changed ({name!r}): it may be in use elsewhere, as one object."
             f"{instead}"
         )
@@ -314,3 +315,12 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
 
 def _unpickled(function: LossFunction, args: dict[str, Any], options: dict[str, Any]) -> BoundLoss:
     return BoundLoss.of(function, args, **options)
+
+
+def check_is_bound(loss: Any) -> None:
+    """Raise unless a factory made the loss."""
+    if not isinstance(loss, BoundLoss):
+        raise AttachError(
+            f"{loss!r} is not a loss with arguments. Make one: with_args(function)(...), for "
+            "example with_args(keras.losses.mean_squared_error)()."
+        )

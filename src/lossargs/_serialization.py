@@ -4,7 +4,6 @@ import base64
 import contextlib
 import io
 import json
-import math
 import textwrap
 import types
 from collections.abc import Callable, Iterator
@@ -35,13 +34,10 @@ def encode(value: Any, where: str, encode_live: Callable[[Any], Any] | None = No
     if isinstance(value, dict):
         pairs = [list(item) for item in value.items()]
         return {"kind": "dict", "items": encode(pairs, where, encode_live)}
-    if type(value) is complex:
-        return {"kind": "complex", "items": [value.real, value.imag]}
-    if type(value) is bytes:
-        return {"kind": "bytes", "data": base64.b64encode(value).decode()}
     if isinstance(value, np.ndarray):
         file = io.BytesIO()
-        np.lib.format.write_array(file, without_ml_dtypes(value), allow_pickle=False)
+        array = np.array(without_ml_dtypes(value), order="C")
+        np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
         return {"kind": "array", "data": base64.b64encode(file.getvalue()).decode()}
     if is_live(value):
         if encode_live is None:
@@ -56,9 +52,9 @@ def encode(value: Any, where: str, encode_live: Callable[[Any], Any] | None = No
         raise
     except Exception as error:
         raise SavingError(
-            f"{where} is {value!r}, which Keras does not save and load as it is: {error}. Give a "
-            "plain value or with_args(keras.losses.huber)(). Or define `__eq__`, and "
-            "register its class or function with @keras.saving.register_keras_serializable()."
+            f"{where} is {value!r}, which does not load as it was: {error}. Give plain values, or "
+            "with_args(keras.losses.huber)(). Or define `__eq__`, and register its class or "
+            "function with @keras.saving.register_keras_serializable()."
         ) from error
 
 
@@ -119,37 +115,27 @@ def _decode(config: Any, decode_live: Callable[[dict[str, Any]], Any] | None) ->
             return tuple(_decode(config["items"], decode_live))
         case "dict":
             return dict(_decode(config["items"], decode_live))
-        case "complex":
-            return complex(*config["items"])
-        case "bytes":
-            return base64.b64decode(config["data"], validate=True)
         case "array":
             return _decode_array(base64.b64decode(config["data"], validate=True))
         case "function":
             return _find_function(config["name"])
-        case "live":
-            if decode_live is None:
-                raise ValueError("it has a live value, which belongs to a model")
+        case "live" if decode_live is not None:
             return decode_live(config["object"])
         case "keras":
             return load_object(config["object"], object)
         case kind:
-            raise ValueError(f"unknown kind {kind!r}")
+            raise ValueError(f"it cannot have the kind {kind!r}")
 
 
 def _decode_array(data: bytes) -> np.ndarray[Any, Any]:
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     if version != (1, 0):
-        raise ValueError(f"no version of an array: {version}")
+        raise ValueError(f"it has an array of version {version}")
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    size = len(data) - file.tell()
-    # NumPy allocates an array of this shape before it reads.
-    if math.prod(shape) * dtype.itemsize != size or min(shape, default=0) < 0:
-        raise ValueError(f"{size} bytes are no array of {dtype} and shape {shape}")
-    file.seek(0)
-    array: np.ndarray[Any, Any] = np.lib.format.read_array(file, allow_pickle=False)
-    return array
+    # `read_array` would allocate an array of this shape before it reads.
+    array: np.ndarray[Any, Any] = np.frombuffer(data[file.tell() :], dtype).reshape(shape)
+    return array.copy()
 
 
 def _find_function(name: str) -> Any:

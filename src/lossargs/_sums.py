@@ -5,14 +5,13 @@ import inspect
 import json
 import math
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any, Self
 
 import keras
 import numpy as np
 
 from lossargs._errors import ArgumentError
-from lossargs._function import inspected
+from lossargs._function import LossFunction
 from lossargs._serialization import load_object, reading
 from lossargs._values import format_value, is_live
 
@@ -102,10 +101,10 @@ def _is_divisor(factor: Any) -> bool:
     return isinstance(factor, tuple)
 
 
-SUM = inspected(weighted_sum, name="sum", package="lossargs")
+SUM = LossFunction.of(weighted_sum, package="lossargs")
 SUM.is_internal = True
 SUM.format = format_sum
-KERAS_LOSS = inspected(keras_loss, package="lossargs")
+KERAS_LOSS = LossFunction.of(keras_loss, package="lossargs")
 KERAS_LOSS.is_internal = True
 KERAS_LOSS.format = lambda args: repr(args["loss"])
 
@@ -193,13 +192,10 @@ def _parts(value: Any) -> Parts:
 
 def _number(value: Any) -> Any:
     """Return a scalar as a number of Python, or `None`."""
-    if isinstance(value, Real) and not isinstance(value, (bool, np.generic)):
-        return value
-    is_array = isinstance(value, (np.generic, np.ndarray)) or keras.ops.is_tensor(value)
-    if not is_array or is_live(value) or tuple(value.shape):
-        return None
-    number = keras.ops.convert_to_numpy(value).item()
-    return number if isinstance(number, Real) and not isinstance(number, bool) else None
+    if isinstance(value, (np.generic, np.ndarray)) or keras.ops.is_tensor(value):
+        is_scalar = not is_live(value) and tuple(value.shape) == ()
+        value = keras.ops.convert_to_numpy(value).item() if is_scalar else None
+    return value if type(value) is not bool and isinstance(value, (int, float)) else None
 
 
 def _weight(value: Any, operator: str) -> Any:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import pickle
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from numbers import Number
@@ -16,15 +17,14 @@ from lossargs._errors import ArgumentError
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes)
 _DEEPEST = 32  # nested containers; Keras's serialization needs ten calls for each
-
-_NO_NUMBERS = "SUMm"  # kinds of dtypes: text, dates and times
+_NUMBERS = "?bBhHiIlLqQefdFD"  # characters of dtypes
 _USER_DEFINED = 2  # `dtype.isbuiltin` of a dtype of ml_dtypes, e.g. bfloat16
 
-# They hold variables or are used up. A constant is read once, when the step is traced.
-_HOLDERS = (keras.Layer, keras.Metric, keras.Optimizer, keras.random.SeedGenerator, Iterator)
-_VARIABLES = ("tensorflow Variable", "torch Parameter", "flax Variable")
+# Their values change between steps. A constant is read once, when the step is traced.
+_CHANGING = (keras.Layer, keras.Metric, keras.Optimizer, keras.random.SeedGenerator, Iterator)
+_VARIABLES = {"Variable", "Parameter"}  # classes of the backends, and of Flax
 
-# Types whose values change between steps; `lossargs.Adapter` adds to them.
+# Types whose values a model can follow; `lossargs.Adapter` adds to them.
 live_types: list[type] = []
 
 
@@ -53,21 +53,13 @@ def is_live_loss(value: Any) -> bool:
     return isinstance(value, keras.losses.Loss) and getattr(value, "holds_live", False)
 
 
-def live_leaves(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the live values in a bound value, each with its place: `""`, `"_0"`, `"_key"`."""
-    if is_live(value):
-        yield "", value
-    elif isinstance(value, dict) or type(value) in (list, tuple):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in items:
-            yield from ((f"_{key}{place}", leaf) for place, leaf in live_leaves(item))
-
-
+# `keras.tree` does not fit: on PyTorch it cannot order keys of several types, and it keeps the
+# classes of containers, which files do not.
 def map_leaves(
     value: Any, convert: Callable[[Any], Any], where: str = "A value", depth: int = 0
 ) -> Any:
     """Return the value in new containers, with each leaf and each key converted."""
-    if not isinstance(value, (dict, list)) and type(value) is not tuple:
+    if not isinstance(value, (dict, list, tuple)):
         return convert(value)
     if depth > _DEEPEST:
         raise ArgumentError(
@@ -76,11 +68,23 @@ def map_leaves(
     if isinstance(value, dict):
         return {convert(k): map_leaves(v, convert, where, depth + 1) for k, v in value.items()}
     items = [map_leaves(item, convert, where, depth + 1) for item in value]
-    return tuple(items) if type(value) is tuple else items
+    if isinstance(value, list):
+        return items
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+
+
+def live_leaves(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the live values in a bound value, each with its place: `""`, `"_0"`, `"_key"`."""
+    if is_live(value):
+        yield "", value
+    elif isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from ((f"_{key}{place}", leaf) for place, leaf in live_leaves(item))
 
 
 def bind_value(value: Any, where: str) -> Any:
-    """Return a copy of a bound value: scalars as Python's, tensors as arrays, live values as such.
+    """Return a copy of a value to bind: scalars of Python, arrays for tensors, live values as such.
 
     Raises:
         ArgumentError: The value is neither live nor a constant.
@@ -91,104 +95,57 @@ def bind_value(value: Any, where: str) -> Any:
 def _bind_leaf(value: Any, where: str) -> Any:
     if type(value) in _ATOMS or is_live(value):
         return value
-    if kind := _changing_kind(value):
+    is_variable = not _VARIABLES.isdisjoint(cls.__name__ for cls in type(value).__mro__)
+    if isinstance(value, _CHANGING) or is_variable or getattr(value, "requires_grad", False):
         raise ArgumentError(
-            f"{where} is a {kind}: bound as a constant, it would keep its current value in the "
-            "compiled step. Give a keras.Variable. Or give the value with the batch, "
-            "fit(..., sample_weight={name: values}), or at the call, loss(y_true, y_pred, name=...)"
+            f"Cannot bind {where} to a {type(value).__name__}: its current value would be baked "
+            "into the compiled step. Give a keras.Variable, or a tensor at the call: "
+            "loss(y_true, y_pred, name=...)."
         )
     if isinstance(value, keras.losses.Loss):
         return value
-    if not isinstance(value, (np.ndarray, np.generic)) and keras.ops.is_tensor(value):
-        value = _array_of_tensor(value, where)
-    if isinstance(value, np.generic) or hasattr(value, "__array__"):
-        value = _plain(value, where)
-        is_array = isinstance(value, np.ndarray)
-        return np.array(value, value.dtype.newbyteorder("="), order="C") if is_array else value
-    _check_parts(value, where)
+    if isinstance(value, np.generic) or hasattr(value, "__array__") or keras.ops.is_tensor(value):
+        plain = _plain(value, where)
+        return np.array(plain, order="C") if isinstance(plain, np.ndarray) else plain
     try:
         hash(value)
     except TypeError:
         raise ArgumentError(
-            f"{where} is a {type(value).__name__}, which can change after it was bound and cannot "
-            "be compared. Give a number, a string, an array, a list, a tuple or a dict."
+            f"{where} is a {type(value).__name__}, which can change after it was bound. Give a "
+            "number, a string, an array, or a list, tuple or dict of these."
         ) from None
     return value
 
 
-def _check_parts(value: Any, where: str) -> None:
-    """Raise if an object that is not copied holds a live value."""
-    parts, seen = [value], {}
-    for part in parts:  # grows
-        if id(part) in seen:
-            continue
-        seen[id(part)] = part
-        if is_live(part) or is_live_loss(part):
-            raise ArgumentError(
-                f"{where} is a {type(value).__name__} that holds {format_value(part)}. The "
-                "model finds live values and losses in tuples, lists and dicts only. Give one of "
-                "these."
-            )
-        if isinstance(part, dict):
-            parts += [*part, *part.values()]
-        elif isinstance(part, (tuple, list, set, frozenset)):
-            parts += part
-        elif dataclasses.is_dataclass(part) and not isinstance(part, type):
-            parts += [getattr(part, field.name, None) for field in dataclasses.fields(part)]
-
-
 def _plain(value: Any, where: str) -> Any:
-    """Return a scalar of NumPy as one of Python, and others as an array of NumPy's dtypes."""
+    """Return a scalar of NumPy as one of Python, an array or tensor as an array of numbers."""
     if isinstance(value, (np.str_, np.bytes_)):
-        return value[:]  # arrays drop zeros at the end
-    array = np.asanyarray(value)
-    if isinstance(array, np.ma.MaskedArray):
+        return value.item()
+    is_scalar = isinstance(value, np.generic)
+    if not is_scalar and keras.ops.is_tensor(value):
+        try:
+            value = keras.ops.convert_to_numpy(value)
+        except Exception as error:
+            raise ArgumentError(
+                f"{where} is a tensor of a step that is being traced ({type(value).__name__}). "
+                "Give it at the call: loss(y_true, y_pred, name=...). If you compiled with the "
+                "factory itself, call it: loss=factory(...)."
+            ) from error
+    array = without_ml_dtypes(np.asarray(value))
+    is_masked = isinstance(value, np.ma.MaskedArray)
+    if is_masked or array.dtype.char not in _NUMBERS:
         raise ArgumentError(
-            f"{where} is a masked array, and no backend has a tensor with a mask. Give its data "
-            "and its mask as two arguments."
+            f"{where} is {'a masked array' if is_masked else f'an array of {array.dtype}'}, which "
+            "no backend can compute with. Give numbers, e.g. array.astype('float32'); text as a "
+            "str; a mask as an argument."
         )
-    if array.dtype.kind in _NO_NUMBERS:
-        return array
-    try:
-        keras.backend.standardize_dtype(array.dtype.name)
-    except ValueError:
-        raise ArgumentError(
-            f"{where} is an array of {array.dtype}, which no backend can compute with. Give it a "
-            "numeric dtype, e.g. `array.astype('float32')`."
-        ) from None
-    array = without_ml_dtypes(array)
-    return array.item() if isinstance(value, np.generic) else array
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return array.item() if is_scalar else array
 
 
 def without_ml_dtypes(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Return an array of bfloat16 or float8 as float32, which has the same values."""
     return array.astype("float32") if array.dtype.isbuiltin == _USER_DEFINED else array
-
-
-def _array_of_tensor(value: Any, where: str) -> np.ndarray[Any, Any]:
-    try:
-        array = np.asarray(keras.ops.convert_to_numpy(value))
-    except Exception as error:
-        raise ArgumentError(
-            f"{where} is a tensor of a step that is being traced ({type(value).__name__}) and has "
-            "no value yet. Give it at the call, loss(y_true, y_pred, name=...). If you compiled "
-            "with the factory itself, call it: loss=factory(...)."
-        ) from error
-    if array.dtype.kind in "OSU":
-        raise ArgumentError(
-            f"{where} is a tensor of strings. Give the text as a str or as a NumPy array of str."
-        )
-    return array
-
-
-def _changing_kind(value: Any) -> str | None:
-    """Return the kind of a value that changes between steps and cannot be bound, or `None`."""
-    if isinstance(value, _HOLDERS):
-        return type(value).__name__
-    if getattr(value, "requires_grad", False) and type(value).__name__ != "Parameter":
-        return "torch tensor that requires a gradient"
-    kinds = (f"{c.__module__.partition('.')[0]} {c.__name__}" for c in type(value).__mro__)
-    return next((kind for kind in kinds if kind in _VARIABLES), None)
 
 
 def to_tensors(value: Any, dtype: str, where: str) -> Any:
@@ -199,7 +156,7 @@ def to_tensors(value: Any, dtype: str, where: str) -> Any:
             return leaf
         if isinstance(leaf, (np.ndarray, np.generic)):
             leaf = _plain(leaf, repr(where))
-            if not isinstance(leaf, np.ndarray) or leaf.dtype.kind in _NO_NUMBERS:
+            if not isinstance(leaf, np.ndarray):
                 return leaf
         elif not isinstance(leaf, keras.Variable) and not keras.ops.is_tensor(leaf):
             return leaf
@@ -210,7 +167,7 @@ def to_tensors(value: Any, dtype: str, where: str) -> Any:
         except (TypeError, ValueError) as error:
             raise ArgumentError(
                 f"{where!r} is an array of {own}, of which {keras.backend.backend()} has no "
-                "tensors. Give it another dtype, e.g. `array.astype('int64')`."
+                "tensors. Give another dtype, e.g. array.astype('int64')."
             ) from error
 
     return map_leaves(value, convert, repr(where))
@@ -218,34 +175,42 @@ def to_tensors(value: Any, dtype: str, where: str) -> Any:
 
 def readonly_copy(value: Any) -> Any:
     """Return the value for `loss.args`: new containers, read-only arrays."""
+    return map_leaves(
+        value, lambda v: np.broadcast_to(v, v.shape) if isinstance(v, np.ndarray) else v
+    )
 
-    def readonly(leaf: Any) -> Any:
-        if isinstance(leaf, np.ndarray):
-            leaf = leaf.view()
-            leaf.flags.writeable = False
-        return leaf
 
-    return map_leaves(value, readonly)
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, part: Any) -> int | None:
+        return id(part) if is_live(part) or isinstance(part, keras.losses.Loss) else None
+
+
+def _pickled(value: Any) -> bytes | None:
+    """Return the pickle of an object, or `None` if it has none."""
+    file = io.BytesIO()
+    with contextlib.suppress(Exception):
+        _Pickler(file).dump(value)
+        return file.getvalue()
+    return None
 
 
 def cache_key(value: Any) -> Hashable:
     """Return a key of a bound value that is equal for two values only if they compute the same."""
     cls: Any = type(value)
-    if cls in (float, complex):
-        return cls, repr(value)
     if is_live(value):
         return cls, id(value)  # the current value of a variable does not count
-    if cls is np.ndarray:
-        return cls, value.dtype, value.shape, hashlib.blake2b(value.tobytes()).digest()
     if isinstance(value, dict):
         return dict, tuple((cache_key(k), cache_key(v)) for k, v in value.items())
-    if cls in (list, tuple):
-        return cls, tuple(cache_key(item) for item in value)
+    if isinstance(value, (list, tuple)):
+        return cls, tuple(map(cache_key, value))
+    if cls is np.ndarray:
+        return cls, value.dtype, value.shape, hashlib.blake2b(value.tobytes()).digest()
+    if cls in (float, complex):
+        return cls, repr(value)  # 0.0 and -0.0 are equal, NaN is not
     if cls in _ATOMS or cls.__eq__ is object.__eq__ or isinstance(value, keras.losses.Loss):
-        return cls, value  # equal only if the same
-    with contextlib.suppress(Exception):  # it cannot be pickled
-        return cls, value, pickle.dumps(value)
-    return cls, id(value)
+        return cls, value
+    # P(1) and P(True) are equal, and have other pickles.
+    return cls, _pickled(value) or id(value)
 
 
 def describe_lists(args: Mapping[str, Any]) -> str:
@@ -256,20 +221,22 @@ def describe_lists(args: Mapping[str, Any]) -> str:
     return kinds and f"{kinds}; if the function needs an array, bind `numpy.array(...)`."
 
 
+class _Text(str):
+    """Has itself as its `repr`, in containers too."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
 def format_value(value: Any) -> str:
     """Return the value for `repr`; a large array by its dtype and shape."""
-    if isinstance(value, dict):
-        return (
-            "{" + ", ".join(f"{format_value(k)}: {format_value(v)}" for k, v in value.items()) + "}"
-        )
-    if type(value) is list:
-        return "[" + ", ".join(map(format_value, value)) + "]"
-    if type(value) is tuple:
-        return "(" + ", ".join(map(format_value, value)) + ("," if len(value) == 1 else "") + ")"
+    return repr(map_leaves(value, lambda leaf: _Text(_format_leaf(leaf))))
+
+
+def _format_leaf(value: Any) -> str:
     if isinstance(value, np.ndarray):
-        large = value.size > 8
-        name = value.dtype.name
-        return f"<array {name} {value.shape}>" if large else f"array({value.tolist()}, {name})"
+        name, is_large = value.dtype.name, value.size > 8
+        return f"<array {name} {value.shape}>" if is_large else f"array({value.tolist()}, {name})"
     if isinstance(value, keras.Variable):
         return f"<{'trainable ' * value.trainable}variable {value.name!r}>"
     if isinstance(value, keras.KerasTensor):
