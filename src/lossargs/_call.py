@@ -182,7 +182,10 @@ class Call(keras.losses.Loss):
             call = Call.reduced(term, self.inputs, extra)
             values[term] = unscale_loss_for_distribution(call.evaluate(y_true, y_pred))
         given = self._tensors({name: v for name, v in self._args.items() if name != "terms"})
-        value = self.loss.loss_function.fn([values[term] for term in terms], None, **given)
+        training = any(one.training for one in self.inputs.values)
+        value = self.loss.loss_function.fn([values[term] for term in terms], training, **given)
+        if isinstance(value, tuple):
+            value, self.inputs.term_weights[self.loss] = value
         return scale_loss_for_distribution(keras.ops.cast(value, self.dtype))
 
     def _tensors(self, args: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,8 @@ class Inputs:
     values: Sequence[StepValues]  # carried by the predictions
     step: Step | None  # that is running; `None` in a user's own loop
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    # Of losses that compute the weights of their terms.
+    term_weights: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, loss: Any, y_pred: Any, sample_weight: Any) -> "Inputs":

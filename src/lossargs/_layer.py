@@ -239,11 +239,12 @@ class LossArgs(keras.Layer):
             read.append(by_adapter.get(adapter, tensor))
         with ReadScope(copies=True):
             read = [one.read(tensor) for one, tensor in zip(self.adapters, read, strict=True)]
-        values = StepValues(self._reference, read, given, step)
-        if step is None or not step.keeps_state:
-            # In a user's own loop, the loss may be evaluated where variables cannot be assigned.
-            training = called_for_training(self)
-            values.compute(training=training)
+        # In a user's own loop, the loss may be evaluated where variables cannot be assigned.
+        is_own_loop = step is None or not step.keeps_state
+        training = called_for_training(self) if is_own_loop else bool(step and step.training)
+        values = StepValues(self._reference, read, given, step, training)
+        if is_own_loop:
+            values.compute()
             if training:
                 values.finish_step()
         return set_step_values(y_pred, values)

@@ -187,6 +187,7 @@ class StepValues:
     read: list[Any]  # by each adapter of the layer
     given: dict[str, Any]  # arguments in the call of the layer, by name
     step: Step | None  # `None` in a user's own loop
+    training: bool
     values: list[Any] | None = None  # of each adapter, once they are computed
 
     def layer(self) -> Any:
@@ -203,7 +204,7 @@ class StepValues:
     def args_of(self, loss: Any) -> dict[str, Any]:
         """Return the arguments of one of these losses."""
         if self.values is None:
-            self.compute(training=self.step is not None and self.step.training)
+            self.compute()
         by_adapter = self.by_adapter()
 
         def value(leaf: Any) -> Any:
@@ -218,11 +219,11 @@ class StepValues:
         """Return the computed values."""
         return dict(zip(self.layer().adapters, self.values or (), strict=True))
 
-    def compute(self, *, training: bool) -> None:
+    def compute(self) -> None:
         """Compute the values of this step."""
         pairs = zip(self.layer().adapters, self.read, strict=True)
         with ReadScope(copies=True):
-            self.values = [adapter.value(one, training) for adapter, one in pairs]
+            self.values = [adapter.value(one, self.training) for adapter, one in pairs]
 
     def finish_step(self) -> None:
         """Advance the state of the adapters."""

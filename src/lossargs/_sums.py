@@ -226,22 +226,27 @@ def _of(parts: Parts, cls: Any) -> Any:
     terms = [(factors, loss) for factors, loss in parts if loss is not None]
     if len(parts) == len(terms) == 1 and parts[0][0] == (1,):
         return parts[0][1]
-    bound = tuple(
-        loss if isinstance(loss, Arithmetic) else _bound_keras_loss(loss, cls) for _, loss in terms
-    )
     args = {
-        "terms": bound,
+        "terms": tuple(bound_term(loss, cls) for _, loss in terms),
         "weights": tuple(factors for factors, _ in terms),
         "constants": tuple(factors for factors, loss in parts if loss is None),
     }
     return cls.of(SUM, args, name="sum", reduction="sum_over_batch_size", dtype=None)
 
 
-def _bound_keras_loss(loss: Any, cls: Any) -> Any:
+def bound_term(loss: Any, cls: Any) -> Any:
+    """Return a bound loss as it is, and a plain Keras loss as a bound loss."""
+    if isinstance(loss, Arithmetic):
+        return loss
+    if not isinstance(loss, keras.losses.Loss):
+        raise ArgumentError(
+            f"{format_value(loss)} is not a loss. Call a factory: factory(...); wrap a function: "
+            "with_args(function)()."
+        )
     if type(loss).__call__ is not keras.losses.Loss.__call__:
         raise ArgumentError(
-            f"Cannot add a {type(loss).__name__}, which defines `__call__`. Write its formula as "
-            "a function: with_args(function)()."
+            f"Cannot use a {type(loss).__name__} as a term, because it defines `__call__`. Write "
+            "its formula as a function: with_args(function)()."
         )
     options = {"name": loss.name, "reduction": loss.reduction, "dtype": loss.dtype}
     return cls.of(KERAS_LOSS, {"loss": KerasLoss(loss)}, **options)

@@ -1,0 +1,61 @@
+"""`balance`: several losses that a rule turns into one."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+
+from lossargs._errors import ArgumentError
+from lossargs._function import LossFunction
+from lossargs._loss import BoundLoss
+from lossargs._sums import bound_term
+
+
+def balanced(values: Any, training: bool, *, terms: Any = (), rule: Any) -> Any:  # noqa: ARG001
+    """Return the result of the rule for the values of the terms."""
+    takes_training = "training" in rule.__class__.call.__code__.co_varnames
+    options = {"training": training} if takes_training else {}
+    return rule(keras.ops.stack(values), **options)
+
+
+BALANCE = LossFunction.of(balanced, package="lossargs")
+BALANCE.is_internal = True
+
+
+def balance(terms: Iterable[Any], rule: keras.Layer) -> BoundLoss:
+    """Return a loss of several terms whose weights a rule adapts in each step.
+
+    The logs show each term under its name, and its weight as `<term>_weight` if the rule returns
+    the weights. Attach the loss to a model: `attach(model, loss)`.
+
+    Args:
+        terms: Losses with different names: bound losses, sums or plain Keras losses.
+        rule: A `keras.Layer`, e.g. one of `lossargs.balancing`. It is called with the values of
+            the terms, a vector of shape `(terms,)`, and returns the loss, or a tuple of the loss
+            and the weights of the terms.
+
+    Returns:
+        The bound loss.
+
+    Raises:
+        ArgumentError: `terms` are not losses, or `rule` is not a layer.
+
+    Examples:
+        >>> import keras
+        >>> from lossargs import attach, balance, with_args
+        >>> from lossargs.balancing import SoftAdapt
+        >>> mse = with_args(keras.losses.mean_squared_error)
+        >>> mae = with_args(keras.losses.mean_absolute_error)
+        >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+        >>> loss = balance([mse(), mae()], SoftAdapt())
+        >>> model = attach(model, loss)
+        >>> model.compile("adam", loss=loss)
+    """
+    bound = tuple(bound_term(term, BoundLoss) for term in terms)
+    if not bound or not isinstance(rule, keras.Layer):
+        raise ArgumentError(
+            f"Cannot balance {len(bound)} terms by {rule!r}. Give a list of losses and a layer: "
+            "balance([mse(), kl()], lossargs.balancing.SoftAdapt())."
+        )
+    args = {"terms": bound, "rule": rule}
+    return BoundLoss.of(BALANCE, args, name="balance", reduction="sum_over_batch_size", dtype=None)
