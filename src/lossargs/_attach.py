@@ -12,10 +12,12 @@ from lossargs._keras import (
     Functional,
     ancestors,
     copy_own_state,
+    in_symbolic_scope,
     keeps_constructor,
     new_like,
     own_variables,
     producer,
+    running_step,
 )
 from lossargs._layer import LossArgs
 from lossargs._live import Adapter, Untracked, layers_of
@@ -34,6 +36,8 @@ class AttachedModel(keras.Model):
     Keras names the outputs in a list after their layers, which are all `LossArgs`.
     """
 
+    _predictor = Untracked(None)  # made by the first `predict`
+
     @property
     def output_names(self) -> list[str]:
         """The names of the outputs in `compile` and in the logs."""
@@ -42,6 +46,16 @@ class AttachedModel(keras.Model):
     @output_names.setter
     def output_names(self, names: list[str]) -> None:
         """Ignore the names of the layers, which Keras sets."""
+
+    def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+        """Return the predictions, in `predict` without the tensors that only losses read."""
+        step = running_step()
+        if step is None or step.method != "predict_step" or in_symbolic_scope():
+            return super().call(inputs, training=training, mask=mask)
+        if self._predictor.value is None:
+            outputs = keras.tree.map_structure(_plain_output, self.output)
+            self._predictor = Untracked(Functional(self.input, outputs))
+        return self._predictor.value.call(inputs, training=training, mask=mask)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
@@ -128,7 +142,7 @@ def detach(model: keras.Model) -> keras.Model:
         layers = [layer for layer in model.layers if not isinstance(layer, LossArgs)]
         detached = _sequential(model, layers)
     elif isinstance(model, Functional):
-        outputs = keras.tree.map_structure(lambda y: undifferentiated(_before(y)), model.output)
+        outputs = keras.tree.map_structure(_plain_output, model.output)
         used, _ = ancestors(keras.tree.flatten(outputs))
         detached = _functional(
             model, _inputs_without(model, _loss_inputs(model) - used.keys()), outputs
@@ -203,6 +217,11 @@ def live_args(model: keras.Model) -> dict[str, keras.Variable]:
     named = names_of(layers_of(model), outputs=output_names_of(model))
     variables = {name: one.adapter.variable for name, one in named if isinstance(one, LiveArg)}
     return {name: variable for name, variable in variables.items() if variable is not None}
+
+
+def _plain_output(output: keras.KerasTensor) -> keras.KerasTensor:
+    """Return an output without losses and derivatives."""
+    return undifferentiated(_before(output))
 
 
 def _before(output: keras.KerasTensor) -> keras.KerasTensor:

@@ -45,6 +45,7 @@ class Call(keras.losses.Loss):
         reduction: str | None = None,  # of the losses of the samples
     ) -> None:
         self.loss = loss
+        self.name = loss.name
         self.inputs = inputs
         self.weight = weight
         self.extra = extra or {}
@@ -59,11 +60,6 @@ class Call(keras.losses.Loss):
         """Return one number per sample; called by the function that received an inner loss."""
         call = Call(self.loss, self.inputs, weight=sample_weight, extra=extra)
         return call.evaluate(y_true, y_pred)
-
-    @property
-    def name(self) -> str:
-        """The name of the loss."""
-        return str(self.loss.name)
 
     @property
     def dtype(self) -> str:
@@ -242,13 +238,14 @@ class Call(keras.losses.Loss):
                 f"{name}(y_true, y_pred) returns a function, {values!r}, and not a tensor. Move "
                 "the extra arguments into one function: def f(y_true, y_pred, delta=0.5): ..."
             )
-        self._check_broadcast(values, y_pred, call)
-        return keras.ops.convert_to_tensor(values, dtype=self.dtype)
+        if self.inputs.batch:
+            self._check_broadcast(values, y_pred, call)
+        return values
 
     def _check_broadcast(self, values: Any, y_pred: Any, call: Callable[..., Any]) -> None:
         """Raise if an entry of shape `(N,)` makes a square of the losses of `N` samples."""
         shape = shape_of(values)
-        if not self.inputs.batch or len(shape) != 2 or shape[0] != shape[1]:
+        if len(shape) != 2 or shape[0] != shape[1]:
             return
         for name, entry in self.inputs.batch.items():
             if len(shape_of(entry)) != 1 or not self.loss.takes(name):

@@ -28,7 +28,8 @@ class Inputs:
     weight: Any  # of the samples, or `None`
     values: Sequence[StepValues]  # carried by the predictions
     step: Step | None  # that is running; `None` in a user's own loop
-    memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    # `None` where a compiler merges equal computations, or there are none.
+    memo: dict[Any, Any] | None = None
     # Of losses that compute the weights of their terms.
     term_weights: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
@@ -58,27 +59,32 @@ class Inputs:
 
     # Each loss is evaluated once per step, also if it is a term, an inner loss and tracked.
 
+    def sharing(self) -> "Inputs":
+        """Return these inputs for several losses that may be evaluated more than once."""
+        return self if is_compiled_by_torch() else dataclasses.replace(self, memo={})
+
     def remember(self, key: tuple[Any, Any, Any], values: Any) -> None:
         """Keep the losses of the samples of a loss, for the same targets and predictions."""
-        if not is_compiled_by_torch():  # which merges equal computations itself
+        if self.memo is not None:
             loss, y_true, y_pred = key
             # With the tensors, whose ids must stay theirs.
             self.memo[loss, self._id(y_true), self._id(y_pred)] = (values, y_true, y_pred)
 
     def recall(self, key: tuple[Any, Any, Any]) -> Any:
         """Return the losses of the samples that were kept, or `None`."""
-        if not self.memo or is_compiled_by_torch():
+        if not self.memo:
             return None
         loss, y_true, y_pred = key
         return self.memo.get((loss, self._id(y_true), self._id(y_pred)), [None])[0]
 
     def identify(self, converted: Any, tensor: Any) -> None:
         """Note that a tensor is another one, converted for a function."""
-        if converted is not tensor and not is_compiled_by_torch():
+        if self.memo is not None and converted is not tensor:
             self.memo[id(converted)] = (self._id(tensor), converted)
 
     def _id(self, tensor: Any) -> int:
-        return int(self.memo.get(id(tensor), [id(tensor)])[0])
+        same = self.memo and self.memo.get(id(tensor))
+        return same[0] if same else id(tensor)
 
 
 def _refuse_metrics(loss: Any) -> None:

@@ -44,8 +44,11 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
         self.loss_function = function
         self.bound_args = args
         self._key = key  # equal for equal losses
+        self._hash = hash(key)
         self.live_names = tuple(dict.fromkeys(name for name, _, _ in self.live_leaves()))
         self.inner_losses = tuple(self._find_inner_losses())  # at any depth
+        # Whether this loss, or one among its arguments, has live arguments.
+        self.holds_live = any(loss.live_names for loss in (self, *self.inner_losses))
         self.layers: weakref.WeakSet[Any] = weakref.WeakSet()  # those that give it values
         self.checked_models: weakref.WeakSet[Any] = weakref.WeakSet()  # by what it reads
         self._frozen = True
@@ -131,11 +134,6 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
         return found
 
     @property
-    def holds_live(self) -> bool:
-        """Whether this loss, or one among its arguments, has live arguments."""
-        return bool(self.live_names) or any(loss.live_names for loss in self.inner_losses)
-
-    @property
     def terms(self) -> "tuple[BoundLoss, ...]":
         """The losses whose values this loss combines; empty if it is no sum."""
         return self.bound_args.get("terms", ()) if self.loss_function.is_internal else ()
@@ -182,19 +180,18 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
         """
         try:
             inputs = Inputs.of(self, y_pred, sample_weight)
-            call = Call.reduced(self, inputs, extra)
             if in_symbolic_scope():
-                return build(call, y_true, y_pred)
+                return build(Call.reduced(self, inputs, extra), y_true, y_pred)
             layers = [(one, one.layer()) for one in inputs.values]
             layers = [(one, layer) for one, layer in layers if layer and layer.loss is self]
-            losses = {loss for one, layer in layers for loss in layer.losses_to_log(one)}
+            losses = {self, *(loss for one, layer in layers for loss in layer.losses_to_log(one))}
+            if len(losses) > 1 or self.inner_losses:
+                inputs = inputs.sharing()
+            values = {}
             # A loss may be an inner loss of another one, which then finds it computed.
-            values = {
-                loss: (call if loss is self else Call.reduced(loss, inputs)).evaluate(
-                    y_true, y_pred
-                )
-                for loss in sorted({*losses, self}, key=lambda loss: len(loss.inner_losses))
-            }
+            for loss in sorted(losses, key=lambda loss: len(loss.inner_losses)):
+                call = Call.reduced(loss, inputs, extra if loss is self else None)
+                values[loss] = call.evaluate(y_true, y_pred)
             for one, layer in layers:
                 layer.finish_step(one, values, y_pred)
         except Exception:
@@ -270,7 +267,7 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
         return self._key == other._key if isinstance(other, BoundLoss) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return self._hash
 
     def __copy__(self) -> Self:
         return self
