@@ -379,18 +379,13 @@ def test_weights(good, data, reason, tmp_path):
 # Parts of the config of a layer of derivatives.
 PROGRAM = {
     "shared": [False],
-    "operations": [MISSING, "abc"],
-    "operations.0": ["os.system", *OBJECTS.values()],
-    "calls": [MISSING],
+    "calls": [MISSING, "abc", [0]],
     "calls.0": [[0]],
-    "calls.0.0": [7],
+    "calls.0.0": ["os.system", 7, *OBJECTS.values()],
     "calls.0.1": ["abc"],
-    "calls.0.1.0.config.index": [-1, 99],
-    "results": [MISSING, {}],
-    "results.0": ["abc", 99],
-    "paths": [MISSING, [], [1]],
-    "paths.0": [[9, [0]], [0, [-1]]],
-    "along": ["abc"],
+    "calls.0.1.0.config.index": [-1, 99, {}],
+    "paths": [MISSING, {}, [], [1]],
+    "paths.0": [[9, 0], [0, -1], ["abc", 0], [0, 99]],
 }
 
 

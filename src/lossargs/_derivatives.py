@@ -1,5 +1,8 @@
 """`grad` and `derivatives`: derivatives of symbolic tensors, as symbolic tensors."""
 
+import contextlib
+import functools
+import itertools
 import types
 from collections.abc import Iterable
 from typing import Any, Self
@@ -13,26 +16,28 @@ from lossargs._keras import (
     Sandbox,
     ancestor_calls,
     ancestors,
-    compute_output_spec,
     get_keras_mask,
     in_sharing_scope,
+    output_specs,
     set_keras_mask,
 )
-from lossargs._serialization import checked, damaged, reading
+from lossargs._serialization import reading
 from lossargs._values import TensorRef, format_value, map_leaves
+
+_CONFIG = "The config of a Derivatives layer"
 
 
 def grad(y: keras.KerasTensor, x: keras.KerasTensor) -> keras.KerasTensor:
     """Return the gradient of a symbolic tensor with respect to another, as a symbolic tensor.
 
-    Pass it to a loss, or use it as any tensor of the graph: for another `grad`, as an output of
-    the model. Its layers are those of `y`, shared. Their state changes as with the output `y`.
+    Pass it to a loss, differentiate it again, or make it an output of the model. It shares the
+    layers of `y`. Their state changes as in a model with the output `y`.
 
     Args:
         y: The tensor to differentiate, floating-point, of any shape. It is summed over everything
-            but the batch; for one component of several take `y[:, :1]`.
-        x: A `keras.Input`, or a tensor on the way from inputs to `y`, floating-point. Other
-            tensors that `y` is computed from are constant.
+            but the batch. For one component of several, take `y[:, :1]`.
+        x: A `keras.Input`, or another tensor that `y` is computed from, floating-point. All other
+            tensors are constant.
 
     Returns:
         The gradient of the sum of `y`, with the shape and dtype of `x`. Each sample has its own,
@@ -64,18 +69,19 @@ def grad(y: keras.KerasTensor, x: keras.KerasTensor) -> keras.KerasTensor:
 def derivatives(*wanted: Any) -> list[keras.KerasTensor]:
     """Return several derivatives from one evaluation of the layers that they share.
 
-    Each call of `grad` evaluates the layers again. Compilers merge only a part of that, and eager
-    PyTorch nothing. If layers are random, only derivatives of one call are of the same draw.
+    Each call of `grad` evaluates the layers again, which compilers avoid in part and eager PyTorch
+    not at all. Random layers draw the same numbers for all derivatives of one call.
 
     Args:
-        *wanted: Tuples `(y, x, ...)`: the gradient of `y` along `x`, that along the next, and so
-            on; or a tensor `y`, to use in place of the first one. All are as for `grad`.
+        *wanted: Tuples `(y, x, ...)` for the gradient of `y` along `x`, differentiated along the
+            next tensor, and so on. A tensor `y` alone returns `y` from the same evaluation. All
+            tensors are as for `grad`.
 
     Returns:
         A symbolic tensor for each.
 
     Raises:
-        DerivativeError: As for `grad`; or a tensor to differentiate along depends on another one.
+        DerivativeError: As for `grad`, or one `x` is computed from another.
         ArgumentError: An argument is not a symbolic tensor.
 
     Examples:
@@ -87,7 +93,7 @@ def derivatives(*wanted: Any) -> list[keras.KerasTensor]:
         >>> u, u_t, u_xx = derivatives(u, (u, t), (u, x, x))
     """
     paths = [one if isinstance(one, tuple) else (one,) for one in wanted]
-    for tensor in (tensor for path in paths for tensor in (path or [None])):
+    for tensor in (tensor for path in paths for tensor in path or [None]):
         if not isinstance(tensor, keras.KerasTensor):
             raise ArgumentError(
                 f"Cannot differentiate {tensor!r}. grad(y, x) takes symbolic tensors: a "
@@ -98,38 +104,31 @@ def derivatives(*wanted: Any) -> list[keras.KerasTensor]:
             f"Keras's backend {keras.backend.backend()!r} cannot differentiate. Set KERAS_BACKEND "
             "to 'tensorflow', 'jax' or 'torch'."
         )
-    ys = _distinct(path[0] for path in paths)
-    xs = _distinct(x for path in paths for x in path[1:])
-    _check(paths, ys, xs)
-    if not xs:
-        return [y for (y,) in paths]
-    x_place, y_place = ({id(one): i for i, one in enumerate(ones)} for ones in (xs, ys))
-    by_place = [(y_place[id(y)], tuple(x_place[id(x)] for x in along)) for y, *along in paths]
-    return _apply_between(xs, ys, by_place)
+    _check(paths)
+    return _differentiate(paths) if any(path[1:] for path in paths) else [y for (y,) in paths]
 
 
 def _distinct(tensors: Iterable[Any]) -> list[Any]:
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 
-def _check(paths: list[tuple[Any, ...]], ys: list[Any], xs: list[Any]) -> None:
-    for tensor in (*ys, *xs):
+def _check(paths: list[tuple[Any, ...]]) -> None:
+    for tensor in (tensor for path in paths for tensor in path):
         if not keras.backend.is_float_dtype(tensor.dtype):
             raise DerivativeError(
                 f"{format_value(tensor)} is {tensor.dtype}, and derivatives are floating-point. "
                 "Write keras.Input(shape, dtype='float32'), or differentiate along the output of a "
                 "layer such as Embedding."
             )
-    for x in xs:
-        others = [other for other in xs if other is not x]
-        for other in others:
-            if _depends(x, other, others):
-                raise DerivativeError(
-                    f"{format_value(x)} is computed from {format_value(other)}, and derivatives() "
-                    "needs independent variables. Take them one after another, by grad()."
-                )
+    xs = _distinct(x for path in paths for x in path[1:])
+    for x, other in itertools.permutations(xs, 2):
+        if _depends(x, other):
+            raise DerivativeError(
+                f"{format_value(x)} is computed from {format_value(other)}, and derivatives() "
+                "needs independent variables. Take them one after another, by grad()."
+            )
     for y, x in ((y, x) for y, *along in paths for x in along):
-        if y is not x and not _depends(y, x):
+        if not _depends(y, x):
             names = listed(tensor.name for tensor in ancestors([y])[0].values())
             raise DerivativeError(
                 f"y, {format_value(y)}, is not computed from x, {format_value(x)}, "
@@ -138,144 +137,105 @@ def _check(paths: list[tuple[Any, ...]], ys: list[Any], xs: list[Any]) -> None:
             )
 
 
-def _depends(y: Any, x: Any, until: Iterable[Any] = ()) -> bool:
-    return any(given is x for call in _calls([y], until) for given in _given(call))
+def _depends(y: Any, x: Any) -> bool:
+    calls = ancestor_calls([y], _sources)
+    return y is x or any(source is x for call in calls for source in _sources(call))
 
 
-def _given(call: Any) -> list[Any]:
+def _sources(call: Any) -> list[Any]:
     """Return the tensors that the results of a call are computed from."""
-    derivatives = isinstance(call.operation, Derivatives)
-    return list(call.arguments.args[0] if derivatives else call.input_tensors)
+    is_ours = isinstance(call.operation, Derivatives)
+    return list(call.arguments.args[0] if is_ours else call.input_tensors)
 
 
-def _calls(ys: list[Any], until: Iterable[Any] = ()) -> list[Any]:
-    """Return the calls that `ys` are computed from, without those only for `evaluated`."""
-    needed = {id(y) for y in ys}
-    calls = []
-    for call in reversed(ancestor_calls(ys, until)):
-        if any(id(output) in needed for output in call.outputs):
-            needed |= {id(given) for given in _given(call)}
-            calls.append(call)
-    return calls[::-1]
+def _originals(call: Any) -> list[Any]:
+    """Return the tensors that a call of `Derivatives` makes the model compute beside it."""
+    is_ours = isinstance(call.operation, Derivatives)
+    return list(call.arguments.kwargs.get("originals", ())) if is_ours else []
 
 
-def _evaluated(ys: list[Any]) -> list[Any]:
-    """Return tensors whose computation calls each layer of `ys` as in the plain network."""
-    tensors: list[Any] = []
-    for y in ys:
-        call = ancestor_calls([y])[-1]
-        derived = isinstance(call.operation, Derivatives)
-        tensors += call.arguments.kwargs.get("evaluated", []) if derived else [y]
-    return _distinct(tensors)
-
-
-def _apply_between(xs: list[Any], ys: list[Any], paths: list[Path]) -> list[Any]:
-    """Return the derivatives along paths, by a new layer."""
+def _differentiate(paths: list[tuple[Any, ...]]) -> list[Any]:
+    """Return the derivatives along paths, from a layer that repeats the calls between x and y."""
+    xs = _distinct(x for path in paths for x in path[1:])
+    ys = _distinct(path[0] for path in paths)
     depends = {id(x) for x in xs}
-    between = []
-    for call in _calls(ys, until=xs):
-        if any(id(given) in depends for given in _given(call)):
-            between.append(call)
+    calls = []
+    for call in ancestor_calls(ys, _sources):
+        if any(id(source) in depends for source in _sources(call)):
+            calls.append(call)
             depends |= {id(output) for output in call.outputs}
-    given = [tensor for call in between for tensor in _given(call)]
-    fixed = _distinct(tensor for tensor in (*given, *ys) if id(tensor) not in depends)
-    inputs = [*xs, *fixed]
-    made = [tensor for call in between for tensor in call.outputs]
-    # An `x` that is made on the way, beside another result of its layer, is still the one given.
-    slots = {id(tensor): TensorRef(place) for place, tensor in enumerate([*inputs, *made])}
-    slots |= {id(tensor): TensorRef(place) for place, tensor in enumerate(inputs)}
+    used = [*ys, *(source for call in calls for source in _sources(call))]
+    inputs = [*xs, *_distinct(tensor for tensor in used if id(tensor) not in depends)]
+    results = [output for call in calls for output in call.outputs]
+    refs = {id(tensor): TensorRef(index) for index, tensor in enumerate([*inputs, *results])}
 
-    def slot(leaf: Any) -> Any:  # `None` for what is `evaluated` beside derivatives
-        return slots.get(id(leaf)) if isinstance(leaf, keras.KerasTensor) else leaf
+    def repeated(call: Any) -> Any:
+        kwargs = call.arguments.kwargs | ({"originals": []} if _originals(call) else {})
+        parts = [call.operation, call.arguments.args, kwargs]
+        return map_leaves(parts, lambda leaf: refs.get(id(leaf), leaf))
 
-    operations = _distinct(call.operation for call in between)
-    place = {id(operation): place for place, operation in enumerate(operations)}
-    calls = [
-        (
-            place[id(c.operation)],
-            map_leaves(c.arguments.args, slot),
-            map_leaves(c.arguments.kwargs, slot),
-        )
-        for c in between
-    ]
-    results = [slots[id(y)].index for y in ys]
-    layer = Derivatives(operations, calls, results, len(xs), paths)
-    # As inputs, the original results are computed once by each model that has this layer.
-    return list(layer(inputs, evaluated=_evaluated(ys) if layer.has_state(inputs) else []))
+    layer = Derivatives(
+        [repeated(call) for call in calls],
+        [tuple(refs[id(tensor)].index for tensor in path) for path in paths],
+    )
+    originals: list[Any] = []
+    if layer.has_state(inputs) or any(_originals(call) for call in calls):
+        originals = [one for y in ys for one in _originals(ancestor_calls([y])[-1]) or [y]]
+    return list(layer(inputs, originals=_distinct(originals)))
 
 
 def undifferentiated(tensor: keras.KerasTensor) -> keras.KerasTensor:
     """Return the original of a tensor `y` that `derivatives` returned, and others as they are."""
     call = ancestor_calls([tensor])[-1]
-    if not isinstance(call.operation, Derivatives):
-        return tensor
-    y, path = call.operation.program.paths[
-        [id(output) for output in call.outputs].index(id(tensor))
-    ]
-    return tensor if path else call.operation.replay(_given(call))[y]
-
-
-def _without_history(tensors: list[Any]) -> list[keras.KerasTensor]:
-    # Keras calls the product of a tensor and a number sparse, which it is not.
-    return [keras.KerasTensor(one.shape, one.dtype) for one in tensors]
-
-
-_LISTS = ("operations", "calls", "results", "paths")
+    if isinstance(call.operation, Derivatives):
+        paths = zip(call.operation.program.paths, call.outputs, strict=True)
+        (path,) = (path for path, output in paths if output is tensor)
+        if len(path) == 1:
+            return call.operation.replay(_sources(call))[path[0]]
+    return tensor
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
 class Derivatives(LayerOfOthers):
-    """Calls layers again, as they were called in a graph, and returns derivatives of the results.
+    """Repeat calls of a graph, and return derivatives of their results.
 
-    These calls change no variables and add no losses. The original calls do, in the same model.
+    The repeated calls change no variables and add no losses. The original calls do, so a model with
+    this layer has to make them: for layers with state, `call` takes their results as well.
 
     Args:
-        operations: The layers and operations.
-        calls: The calls in order: the place of the operation, arguments, keyword arguments. A
-            `TensorRef` represents a tensor: first the inputs of this layer, then the
-            results of calls.
-        results: The slots of the tensors to differentiate.
-        along: The number of inputs, the first ones, to differentiate along.
-        paths: The derivatives, by places among results and inputs.
+        calls: The layer or operation, arguments and keyword arguments of each call, in order. A
+            `TensorRef` represents a tensor: first the inputs of this layer, then the results of
+            the calls.
+        paths: The derivatives `(y, x, ...)`, by the indices of tensors; each `x` is an input.
         **kwargs: Those of `keras.layers.Layer`.
     """
 
-    def __init__(
-        self,
-        operations: list[Any],
-        calls: list[Any],
-        results: list[int],
-        along: int,
-        paths: list[Path],
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, calls: list[Any], paths: list[Path], **kwargs: Any) -> None:
         # Each layer inside casts its inputs.
         super().__init__(**{**kwargs, "dtype": keras.config.floatx(), "autocast": False})
         self.supports_masking = True
-        self.operations = operations  # for Keras to find the layers
-        # In a namespace, for Keras not to wrap the lists for tracking.
-        self.program = types.SimpleNamespace(calls=calls, results=results, along=along, paths=paths)
-        self._trainable_checked = False
+        self.operations = _distinct(operation for operation, _, _ in calls)  # tracked by Keras
+        if not all(isinstance(one, keras.Operation) for one in self.operations):
+            raise TypeError("one of its operations is no layer")
+        # In a namespace, where Keras does not wrap lists for tracking.
+        self.program = types.SimpleNamespace(calls=calls, paths=paths)
+        self._is_read = True
+        self._is_trainable = False
 
-    def replay(self, values: list[Any], training: bool | None = None) -> list[Any]:
-        """Return the tensors to differentiate, computed from the inputs of this layer."""
-        values = list(values)
+    def replay(self, inputs: list[Any], training: bool | None = None) -> dict[int, Any]:
+        """Return the inputs and the results of the calls, by their indices."""
+        values = dict(enumerate(inputs))
 
-        def value(place: int) -> Any:
-            if place >= len(values):  # Keras takes an IndexError for a layer not yet called
-                raise damaged("The config of a Derivatives layer", f"there is no value {place}")
-            return values[place]
+        def value(leaf: Any) -> Any:
+            return values[leaf.index] if isinstance(leaf, TensorRef) else leaf
 
-        def filled(leaf: Any) -> Any:
-            return value(leaf.index) if isinstance(leaf, TensorRef) else leaf
-
-        for place, args, kwargs in self.program.calls:
-            named = map_leaves(kwargs, filled)
+        for operation, args, kwargs in self.program.calls:
+            named = map_leaves(kwargs, value)
             if training is not None and "training" in named:
                 named["training"] = training  # as a Functional model does
-            results = self.operations[place](*map_leaves(args, filled), **named)
-            values += [results] if keras.ops.is_tensor(results) else keras.tree.flatten(results)
-        return [value(place) for place in self.program.results]
+            for result in keras.tree.flatten(operation(*map_leaves(args, value), **named)):
+                values[len(values)] = result
+        return values
 
     def has_state(self, inputs: list[Any]) -> bool:
         """Return whether the layers have non-trainable variables or add losses."""
@@ -283,56 +243,56 @@ class Derivatives(LayerOfOthers):
 
         def replay(inputs: list[Any]) -> list[Any]:
             with sandbox:
-                return self.replay(inputs)
+                return list(self.replay(inputs).values())
 
-        compute_output_spec(replay, _without_history(inputs))
+        output_specs(replay, inputs)
         return bool(self.non_trainable_variables or self.metrics_variables or sandbox.losses)
 
-    def call(self, inputs: list[Any], evaluated: Any = (), training: Any = None) -> list[Any]:  # noqa: ARG002
-        """Return the derivatives; `evaluated` only makes the model compute the original results."""
-        along, paths = self.program.along, self.program.paths
-        xs, fixed = inputs[:along], inputs[along:]
-        masks = [get_keras_mask(x) for x in xs]
-        state: list[Any] = []
+    def call(self, inputs: list[Any], originals: Any = (), training: Any = None) -> list[Any]:  # noqa: ARG002
+        """Return the derivatives; a model computes `originals` for the state of their layers."""
+        paths = self.program.paths
+        given = dict(enumerate(inputs))
+        xs = {x: given[x] for path in paths for x in path[1:]}
 
-        def function(xs: list[Any]) -> list[Any]:
-            for x, mask in zip(xs, masks, strict=True):
-                if mask is not None:
-                    set_keras_mask(x, mask)
+        def function(xs: dict[int, Any], state: Any = ()) -> dict[int, Any]:
+            for x, tensor in xs.items():
+                if (mask := get_keras_mask(given[x])) is not None:
+                    set_keras_mask(tensor, mask)
             with Sandbox(state):
-                return self.replay([*xs, *fixed], training)
+                values = self.replay(list((given | xs).values()), training)
+            return {path[0]: values[path[0]] for path in paths}
 
         try:
-            values = differentiate(function, xs, paths)
-            if training and not self._trainable_checked:
-                state += [(v, v.value) for v in self.variables]  # a probe reads none around it
-                probe(function, xs, [(y, (*path, path[-1])) for y, path in paths if path])
-                self._trainable_checked = True
+            gradients = differentiate(function, xs, paths)
+            if training and not self._is_trainable:
+                # A probe reads no variables around it.
+                state = [(variable, variable.value) for variable in self.variables]
+                longer = [(*path, path[-1]) for path in paths if path[1:]]
+                probe(functools.partial(function, state=state), xs, longer)
+                self._is_trainable = True
         except Exception as error:
             function(xs)  # an error without derivatives is the layer's own
             names = listed(one.name for one in self.operations)
             # The order that the loss reads was tried when this layer was put into the graph.
-            order = max(len(path) for _, path in paths) + bool(training)
+            order = max(map(len, paths)) - 1 + bool(training)
             raise DerivativeError(
                 f"{keras.backend.backend()} cannot take a derivative of order {order}"
                 f"{', which training needs,' if training else ''} through {names}: {error} "
                 f"({type(error).__name__}). Use other layers, or another backend."
             ) from error
-        return [values[path] for path in paths]
+        return [gradients[path] for path in paths]
 
-    def compute_output_spec(self, inputs: Any, evaluated: Any = (), **kwargs: Any) -> Any:  # noqa: ARG002
-        return compute_output_spec(self.call, _without_history(inputs), **kwargs)
+    def compute_output_spec(self, inputs: Any, originals: Any = (), **kwargs: Any) -> Any:  # noqa: ARG002
+        with contextlib.nullcontext() if self._is_read else reading(_CONFIG):
+            specs = output_specs(functools.partial(self.call, **kwargs), inputs)
+        self._is_read = True
+        return specs
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
         """Return no mask."""
 
     def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            **vars(self.program),
-            "operations": list(self.operations),
-            "shared": in_sharing_scope(),
-        }
+        return {**super().get_config(), **vars(self.program), "shared": in_sharing_scope()}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
@@ -343,32 +303,10 @@ class Derivatives(LayerOfOthers):
                 "clone_model does: its layers would not be shared. Save and load it, or use "
                 "copy.deepcopy(model)."
             )
-        with reading("The config of a Derivatives layer"):
-            lists = {name: checked(config, name, list) for name in _LISTS}
-            program = keras.saving.deserialize_keras_object(lists)
-            program["paths"] = [(y, tuple(path)) for y, path in program["paths"]]
-            program["along"] = checked(config, "along", int)
-            _check_program(**program)
-            return cls(**{**config, **program})
-
-
-def _check_program(
-    operations: list[Any], calls: list[Any], results: list[Any], along: int, paths: list[Any]
-) -> None:
-    """Raise for a saved program that would take a value from a place where there is none."""
-    if not all(isinstance(one, keras.Operation) for one in operations):
-        raise TypeError("one of its operations is no layer")
-    slots = list(results)
-
-    def look(leaf: Any) -> None:
-        slots.extend([leaf.index] if isinstance(leaf, TensorRef) else [])
-
-    for _, args, kwargs in calls:
-        map_leaves([list.copy(args), dict.copy(kwargs)], look)
-    sizes = [(one, len(operations)) for one, _, _ in calls] + [(y, len(results)) for y, _ in paths]
-    sizes += [(x, along) for _, path in paths for x in path]
-    sizes += [(slot, 2**31) for slot in slots]  # more is known in a step
-    if not all(type(place) is int and place in range(size) for place, size in sizes):
-        raise ValueError("it names a place that does not exist")
-    if not any(path for _, path in paths):
-        raise ValueError("there are no derivatives")
+        with reading(_CONFIG):
+            program = {name: config[name] for name in ("calls", "paths")}
+            program = keras.saving.deserialize_keras_object(program)
+            program["paths"] = [tuple(path) for path in program["paths"]]
+            layer = cls(**{**config, **program})
+        layer._is_read = False  # until a first call finds all that the program names
+        return layer

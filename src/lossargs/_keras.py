@@ -383,24 +383,36 @@ def producer(tensor: keras.KerasTensor) -> tuple[Any, list[keras.KerasTensor]]:
     return operation, operation._inbound_nodes[node].input_tensors
 
 
-def ancestor_calls(tensors: Iterable[keras.KerasTensor], until: Iterable[Any] = ()) -> list[Any]:
+def ancestor_calls(
+    tensors: Iterable[keras.KerasTensor],
+    sources: Callable[[Any], list[Any]] = lambda call: list(call.input_tensors),
+) -> list[Any]:
     """Return the nodes of Keras's graph that tensors come from, in the order to call them again.
 
-    The search stops at the tensors `until`.
+    The search goes from each node to its `sources`.
     """
-    known = {id(tensor) for tensor in until}
+    known: set[int] = set()
     calls = []
     pending = [(tensor, False) for tensor in tensors]
     while pending:
-        tensor, after_its_inputs = pending.pop()
+        tensor, after_its_sources = pending.pop()
         operation, index, _ = vars(tensor)["_keras_history"]
         call = operation._inbound_nodes[index]
-        if after_its_inputs:
+        if after_its_sources:
             calls.append(call)
-        elif id(tensor) not in known and id(call) not in known:
+        elif id(call) not in known:
             known.add(id(call))
-            pending += [(tensor, True), *((given, False) for given in call.input_tensors)]
+            pending += [(tensor, True), *((source, False) for source in sources(call))]
     return calls
+
+
+def output_specs(function: Callable[[Any], Any], tensors: Any) -> Any:
+    """Return what a function returns for tensors of these shapes and dtypes, as symbolic tensors.
+
+    New symbolic tensors: Keras calls the product of a tensor and a number sparse, which it is not.
+    """
+    specs = keras.tree.map_structure(lambda one: keras.KerasTensor(one.shape, one.dtype), tensors)
+    return compute_output_spec(function, specs)
 
 
 def ancestors(
