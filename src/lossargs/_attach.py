@@ -9,8 +9,11 @@ from lossargs._derivatives import undifferentiated
 from lossargs._errors import AttachError, listed, nearest
 from lossargs._keras import (
     Functional,
+    after_earlier_calls,
     ancestors,
     copy_own_state,
+    flat_layers,
+    forget_calls,
     keeps_constructor,
     new_like,
     own_variables,
@@ -19,6 +22,7 @@ from lossargs._keras import (
 from lossargs._layer import LossArgs, check_is_bound, layers_of, names_of
 from lossargs._live import Adapter, Untracked
 from lossargs._loss import BoundLoss
+from lossargs._objects import LayerAdapter, SeedGeneratorAdapter, share_layers
 from lossargs._serialization import reading
 
 Target = TypeVar("Target")
@@ -41,10 +45,31 @@ class AttachedModel(keras.Model):
     def output_names(self, names: list[str]) -> None:
         """Keras sets them by the layers."""
 
+    def get_config(self) -> dict[str, Any]:
+        """Return what `from_config` needs, in which layers of the losses are shared."""
+        share_layers(layers_of(self))
+        config: dict[str, Any] = super().get_config()
+        return config
+
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
         with reading("The config of a model with live arguments"):
-            return super().from_config(config, custom_objects)
+            # Networks in the losses may call layers of this graph, and are loaded before it.
+            for layer in config["layers"]:
+                if layer["registered_name"] == keras.saving.get_registered_name(LossArgs):
+                    LossArgs.losses_from_config(layer["config"])
+            return super().from_config(after_earlier_calls(config), custom_objects)
+
+
+@keras.saving.register_keras_serializable(package="lossargs")
+class AttachedSequential(keras.Sequential):
+    """A Sequential model with a loss attached."""
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what `from_config` needs, in which layers of the losses are shared."""
+        share_layers(layers_of(self))
+        config: dict[str, Any] = super().get_config()
+        return config
 
 
 def attach(target: Target, loss: Any, *, track: Any = ()) -> Target:
@@ -143,7 +168,10 @@ def _detached(model: Any, detached: Any) -> Any:
             f"The layers {listed(inner)} of {model.name!r} are attached models themselves. Detach "
             "them before they become layers of another model."
         )
-    return _remember(detached, _kept_by(model))
+    forget_calls(detached.layers, LossArgs)
+    objects = (LayerAdapter, SeedGeneratorAdapter)  # which the user holds
+    kept = {k: one for k, one in _kept_by(model).items() if not isinstance(one, objects)}
+    return _remember(detached, kept)
 
 
 def _inputs_of_losses(model: Any) -> set[int]:
@@ -223,7 +251,10 @@ def _attach_tensor(output: Any, loss: BoundLoss, track: Any, kept: dict[Any, Ada
     output = _before(output)
     _, layers = ancestors([output, *(t for t in tensors if t is not None)])
     layer.note_weights_of(layers)
-    return (layer(output, tensors) if tensors else layer(output)), layer
+    _refuse_saving_shared_layers(layer, layers)
+    attached = layer(output, tensors) if tensors else layer(output)
+    forget_calls(layers, LossArgs)  # else each would keep the loss
+    return attached, layer
 
 
 def _listed(track: Any) -> Any:
@@ -322,6 +353,9 @@ def _attach_functional(model: Any, loss: Any, track: Any) -> Any:
         else:
             inputs = [*(inputs if isinstance(inputs, (list, tuple)) else [inputs]), *extra]
     attached = _functional(model, inputs, outputs)
+    if isinstance(attached, AttachedModel):
+        for layer in layers:
+            layer.unsaved = ""
     if list(attached.output_names) != list(model.output_names):
         attached.output_names = list(model.output_names)
         for layer in layers if isinstance(outputs, (list, tuple)) else []:
@@ -342,6 +376,23 @@ def _refuse_saving_own_weights(model: Any, layers: list[LossArgs]) -> None:
                     f"{one.label!r} is a weight of the model itself, and would load as two "
                     "variables. Make it a weight of a layer."
                 )
+
+
+def _refuse_saving_shared_layers(layer: LossArgs, layers: list[Any]) -> None:
+    """Let no model be saved that is not of our classes, and whose graph a network shares."""
+    inside = {id(part): part.name for one in layers for part in flat_layers(one)}
+    for one in layer.live:
+        if not isinstance(one.adapter, LayerAdapter) or one.adapter.layer in layers:
+            continue
+        parts = [
+            p for p in flat_layers(one.adapter.layer) if not isinstance(p, keras.layers.InputLayer)
+        ]
+        if any(id(part) in inside for part in parts):
+            layer.unsaved = (
+                f"{one.label!r} shares layers with the model, which Keras would load as two. Give "
+                "attach a model of Keras's own class: attach(keras.Model(x, y), loss). Or pass a "
+                "layer of that model."
+            )
 
 
 def _refuse_inputs_of_layers(one: Any, sources: dict[int, Any], model: Any) -> None:
@@ -387,9 +438,11 @@ def _attach_sequential(model: Any, loss: Any, track: Any) -> Any:
         names_of([layer], by_layer=False)
         layer.note_weights_of(layers)
         attached = _sequential(model, [*layers, layer])
+        if not isinstance(attached, AttachedSequential):
+            _refuse_saving_shared_layers(layer, layers)
         _refuse_saving_own_weights(attached, [layer])
         return _remember(attached, kept)
-    if type(model) is not keras.Sequential or not model.built:
+    if type(model) not in (keras.Sequential, AttachedSequential) or not model.built:
         raise AttachError(
             f"{loss!r} reads tensors, which makes {model.name!r} a Functional model. Make it one "
             "first, keras.Model(model.inputs, model.outputs), once it has a keras.Input."
@@ -406,9 +459,13 @@ def _sequential(model: Any, layers: list[Any]) -> Any:
             "make another one of it. Add the layer yourself: model.add(LossArgs(loss))."
         )
     new = new_like(model, keras.Sequential)
+    if type(new) in (keras.Sequential, AttachedSequential):
+        is_attached = any(isinstance(layer, LossArgs) for layer in layers)
+        new = (AttachedSequential if is_attached else keras.Sequential)(name=model.name)
     for layer in (*([model.inputs[0]] if model.built else []), *layers):
         new.add(layer)
     copy_own_state(model, new, keras.Sequential)
+    forget_calls(layers, LossArgs)
     return new
 
 

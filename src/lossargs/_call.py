@@ -24,6 +24,7 @@ from lossargs._keras import (
     flat_layers,
     get_keras_mask,
     in_metrics,
+    in_stateless_scope,
     in_symbolic_scope,
     model_being_built,
     reduce_weighted_values,
@@ -76,21 +77,32 @@ class Call:
         """Return the loss of a batch, and check what the function reads."""
         # TensorFlow and JAX run this code only in traces.
         is_torch = keras.backend.backend() == "torch"
-        if self.model is None or (is_torch and self.model in self.loss.checked_models):
+        is_checked = self.model is None or (is_torch and self.model in self.loss.checked_models)
+        if is_checked and not self.values:
             return self._reduce(y_true, y_pred)
         is_frozen = not variables_can_be_assigned()  # in a step of a user's own on JAX
-        with ReadScope() as scope:
+        elsewhere = [] if in_stateless_scope() else [p for v in self.values for p in v.elsewhere]
+        with ReadScope(elsewhere, dropped=self._dropped(elsewhere)) as scope:
             try:
                 value = self._reduce(y_true, y_pred)
             except LossArgsError:
                 raise
             except Exception as error:
-                self._check_reads(scope, is_frozen, error)
+                if not is_checked:
+                    self._check_reads(scope, is_frozen, error)
                 raise
-        self._check_reads(scope, is_frozen)
-        if not in_symbolic_scope():  # stand-ins of PyTorch draw no random numbers
-            self.loss.checked_models.add(self.model)
+        self._check_updates(scope, elsewhere)
+        if not is_checked:
+            self._check_reads(scope, is_frozen)
+            if not in_symbolic_scope():  # stand-ins of PyTorch draw no random numbers
+                self.loss.checked_models.add(self.model)
         return value
+
+    def _dropped(self, elsewhere: Sequence[tuple[keras.Variable, Any]]) -> set[int]:
+        """Return the `id`s of variables whose updates are not kept."""
+        is_trained = self.step is None or self.step.training
+        kept_as_before = [] if is_trained else [v for one in self.values for v in one.variables()]
+        return {id(variable) for variable in (*kept_as_before, *(v for v, _ in elsewhere))}
 
     # Arguments.
 
@@ -253,9 +265,28 @@ class Call:
                     f"{name} reads the variable {variable.path!r} of shape "
                     f"{tuple(variable.shape)}, which is neither an argument nor a part of the "
                     "model: JAX would freeze its value, and no backend would train or save it. "
-                    "Pass the variable, or the object that holds it, as an argument: "
-                    f"def {name}(y_true, y_pred, variable): ..."
+                    "Pass the layer, generator or variable as an argument: "
+                    f"def {name}(y_true, y_pred, *, layer): ..."
                 ) from cause
+
+    def _check_updates(
+        self, scope: ReadScope, elsewhere: Sequence[tuple[keras.Variable, Any]]
+    ) -> None:
+        """Raise if the function assigned a variable whose new value would be lost."""
+        name, lost = self.loss.loss_function.name, {id(variable) for variable, _ in elsewhere}
+        for key, variable in scope.assigned.items():
+            if key in lost:
+                raise ArgumentError(
+                    f"{name} assigns the variable {variable.path!r}, and the model was called by "
+                    "stateless_call, which gave back its state before. Evaluate the loss by "
+                    "model.stateless_compute_loss(...), which returns the new state."
+                )
+            if variable.trainable and self.step is not None:
+                raise ArgumentError(
+                    f"{name} assigns the trainable weight {variable.path!r}, which the optimizer "
+                    "updates in the same step. Make it non-trainable: layer.trainable = False, or "
+                    "add_weight(..., trainable=False)."
+                )
 
     def _symbolic_tensor_outside(self) -> ArgumentError:
         name = self.loss.loss_function.name

@@ -13,6 +13,7 @@ from lossargs._keras import (
     AutocastScope,
     Functional,
     ReadScope,
+    Sandbox,
     Step,
     allow_any_arguments,
     called_for_training,
@@ -27,10 +28,19 @@ from lossargs._keras import (
     own_variables,
     running_step,
     unscale_loss_for_distribution,
+    values_in_scope,
     variables_can_be_assigned,
 )
-from lossargs._live import Adapter, StepValues, VariableAdapter, adapter_of, set_step_values
+from lossargs._live import (
+    Adapter,
+    StepValues,
+    Untracked,
+    VariableAdapter,
+    adapter_of,
+    set_step_values,
+)
 from lossargs._loss import BoundLoss
+from lossargs._objects import LayerAdapter
 from lossargs._serialization import checked, load_object, reading
 from lossargs._values import cache_key, is_live
 
@@ -79,6 +89,11 @@ class LiveArg:
     key: Any  # equal for two arguments that have one value
     adapter: Adapter
     metric: LiveValue | None  # logs the value, if it is a scalar
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the logs or `live_args` have it by its name."""
+        return self.metric is not None or self.adapter.variable is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +180,10 @@ class LossArgs(keras.Layer):
                     LiveArg(one, name, label, key, adapters[key], metrics.get((label, key)))
                 )
 
+        for one in live:
+            if isinstance(one.adapter, LayerAdapter):
+                one.adapter.check_is_alone(f"{one.label!r} of {one.loss!r}")
+
         def keep(leaf: Any) -> Any:
             return adapters[cache_key(leaf)] if is_live(leaf) else leaf
 
@@ -183,6 +202,8 @@ class LossArgs(keras.Layer):
         self._prepared: weakref.WeakSet[keras.Model] = weakref.WeakSet()
         self.new_inputs = None if new_inputs is None else tuple(new_inputs)
         self.unsaved = ""  # why this layer cannot be saved
+        # Names of layers of the model, by the adapters that have weights of these.
+        self._shared: Any = Untracked({})
         self.logged = [*metrics.values(), *(metric for _, metric in self._plan.tracked)]
         for one in losses:
             one.layers.add(self)
@@ -289,6 +310,8 @@ class LossArgs(keras.Layer):
         with ReadScope(copies=True):
             read = [one.read(tensor) for one, tensor in zip(self.adapters, read, strict=True)]
         values = StepValues(self._reference, read, given, step)
+        if step is None:
+            values.elsewhere = values_in_scope(values.variables())
         if step is None or not step.keeps_state:
             # In a user's own loop, the loss may be evaluated where variables cannot be assigned.
             training = called_for_training(self)
@@ -347,7 +370,19 @@ class LossArgs(keras.Layer):
                 f"self.loss_args(y_pred, {names[0]}=...)."
             )
 
-    def finish_step(self, values: StepValues, call: Any, y_true: Any, y_pred: Any) -> None:
+    def evaluate_tracked(self, call: Any, y_true: Any, y_pred: Any) -> list[Any]:
+        """Return the values of the tracked losses, whose updates of state are dropped."""
+        if call.step is None or not variables_can_be_assigned():
+            return []
+        for values in call.values if self._plan.tracked else ():
+            values.compute_once()
+        with Sandbox():
+            return [
+                call.for_loss(loss, extra={}, reduction=loss.reduction).evaluate(y_true, y_pred)
+                for loss, _ in self._plan.tracked
+            ]
+
+    def finish_step(self, values: StepValues, call: Any, tracked: list[Any], y_pred: Any) -> None:
         """Log the live scalars and the tracked losses, and let the adapters go on.
 
         The loss calls this when it was evaluated.
@@ -356,9 +391,8 @@ class LossArgs(keras.Layer):
             return
         for metric, place in self._plan.logged:
             metric.update_state((values.values or ())[place])
-        for loss, metric in self._plan.tracked:
-            tracked = call.for_loss(loss, extra={}, reduction=loss.reduction)
-            value = unscale_loss_for_distribution(tracked.evaluate(y_true, y_pred))
+        for (_, metric), evaluated in zip(self._plan.tracked, tracked, strict=True):
+            value = unscale_loss_for_distribution(evaluated)
             # Weighted by batch size, as Keras does its own.
             shape: Any = keras.ops.shape(y_pred)
             size = shape[0] if len(y_pred.shape) else None
@@ -370,8 +404,9 @@ class LossArgs(keras.Layer):
         # TensorFlow and JAX run this code only in traces.
         if keras.backend.backend() != "torch" or step.model not in self._prepared:
             for one in self.live:
-                if one.adapter.variable is not None:
-                    follow_in_epochs(one.adapter.variable, step.model)
+                for variable in (*one.adapter.weights, one.adapter.variable):
+                    if variable is not None:
+                        follow_in_epochs(variable, step.model)
             if step.has_loss:
                 self.prepare(step.model)
                 self._prepared.add(step.model)
@@ -392,6 +427,9 @@ class LossArgs(keras.Layer):
                 "and to compile. For a model that was loaded or cloned, take the `loss` of its "
                 "LossArgs layer. For another loss take model = detach(model)."
             )
+        for one in self.live:
+            if isinstance(one.adapter, LayerAdapter):
+                one.adapter.check_is_built(f"{one.label!r} of {self.loss!r}")
         settle_names(layers_of(model), metric_names(model))
         if is_own and isinstance(model, (Functional, keras.Sequential)):
             self.note_weights_of(model.layers)
@@ -406,8 +444,12 @@ class LossArgs(keras.Layer):
             if id(variable) in own
         }
         for adapter in self.adapters:
-            if isinstance(adapter, VariableAdapter) and id(adapter.variable) in owners:
-                adapter.refer_to(*owners[id(adapter.variable)])
+            variables = [*adapter.weights, *filter(None, [adapter.variable])]
+            shared = [owners[id(v)] for v in variables if id(v) in owners]
+            if shared:
+                self._shared.value[adapter] = shared[0][0].name
+            if shared and isinstance(adapter, VariableAdapter):
+                adapter.refer_to(*shared[0])
 
     def get_config(self) -> dict[str, Any]:
         """Return what `from_config` needs to make this layer again.
@@ -423,13 +465,11 @@ class LossArgs(keras.Layer):
                 'arguments. Save the model in the Keras format, model.save("model.keras").'
             )
         for one in self.live:
-            is_variable = isinstance(one.adapter, VariableAdapter)
-            owner = one.adapter.get_owner() if is_variable else None
-            if owner is not None and not in_sharing_scope():
+            if one.adapter in self._shared.value and not in_sharing_scope():
                 raise SavingError(
-                    f"{one.label!r} of {self.loss!r} is a weight of the layer {owner.name!r}, "
-                    "and would be another variable in a copy. Save and load the model, or clone "
-                    "detach(model)."
+                    f"{one.label!r} of {self.loss!r} shares weights with the layer "
+                    f"{self._shared.value[one.adapter]!r}, and would have its own in a copy. Save "
+                    "and load the model, or clone detach(model)."
                 )
         config = super().get_config()
         del config["dtype"]
@@ -437,18 +477,22 @@ class LossArgs(keras.Layer):
         new = None if self.new_inputs is None else list(self.new_inputs)
         return {**config, "loss": self.loss, "track": list(self.track), "new_inputs": new}
 
+    @staticmethod
+    def losses_from_config(config: dict[str, Any]) -> list[BoundLoss]:
+        """Return the loss and the tracked losses that a config of this class describes."""
+        loss, track = checked(config, "loss", dict, BoundLoss), checked(config, "track", list)
+        return [load_object(one, BoundLoss) for one in (loss, *track)]
+
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         config = dict(config)
         with reading("The config of a LossArgs layer"):
-            loss = checked(config, "loss", dict, BoundLoss)
-            track = checked(config, "track", list)
+            losses = cls.losses_from_config(config)
             new_inputs = checked(config, "new_inputs", list, type(None))
             known = ("name", "trainable", "loss", "track", "new_inputs")
             unknown = set(config) - set(known)
             if unknown:
                 raise ValueError(f"it has entries that are unknown here, {listed(sorted(unknown))}")
-            losses = [load_object(one, BoundLoss) for one in (loss, *track)]
             options = {name: config[name] for name in ("name", "trainable") if name in config}
             return cls(losses[0], track=losses[1:], new_inputs=new_inputs, **options)
 
@@ -496,7 +540,7 @@ def names_of(
         AttachError: Two would still have one name.
     """
     layers = list(layers)
-    live = [(layer, one) for layer in layers for one in layer.live]
+    live = [(layer, one) for layer in layers for one in layer.live if one.is_named]
     names = {id(one): one.label for _, one in live}
     others = list(others)
     for in_front in ("loss", "layer") if by_layer else ("loss",):

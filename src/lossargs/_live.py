@@ -1,16 +1,18 @@
 """Kinds of live arguments: how the model keeps each, and how its value reaches the loss."""
 
 import dataclasses
+import inspect
 import weakref
 from typing import Any, ClassVar, Self
 
 import keras
 import numpy as np
 
-from lossargs._errors import ArgumentError
+from lossargs._errors import ArgumentError, SavingError, listed
 from lossargs._keras import (
     ReadScope,
     Step,
+    after_earlier_calls,
     alias,
     get_tensor_attr,
     in_sharing_scope,
@@ -21,6 +23,7 @@ from lossargs._serialization import checked, decode, encode, load_object, readin
 from lossargs._values import format_value, live_types, map_leaves
 
 _ATTRIBUTE = "_lossargs_steps"
+_ADAPTED = object()  # a value that is the very object that its adapter adapts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +143,23 @@ class Adapter(keras.Layer):
     def __str__(self) -> str:
         return f"<{type(self).__name__}>"
 
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments of the constructor that Keras knows: for an adapter without others.
+
+        Raises:
+            SavingError: The constructor has others, and the class has no `get_config` for them.
+        """
+        first = 1 if self.adapts is None else 2  # `self`, and the value that is adapted
+        parameters = list(inspect.signature(type(self).__init__).parameters.values())[first:]
+        own = [p.name for p in parameters if p.name != "tensor" and p.kind is not p.VAR_KEYWORD]
+        if own and type(self).get_config is Adapter.get_config:
+            raise SavingError(
+                f"{type(self).__name__} has no get_config, and would load without {listed(own)}. "
+                f"Define it: return {{**super().get_config(), {own[0]!r}: self.{own[0]}}}."
+            )
+        config: dict[str, Any] = super().get_config()
+        return config
+
     # No property: Keras looks for weights in all of these.
     def get_bound_value(self) -> Any:
         """Return what a loss that was loaded holds for this adapter."""
@@ -174,6 +194,9 @@ def encode_live(value: Any) -> Any:
 
 def decode_live(config: dict[str, Any]) -> Any:
     """Return the live value that the config of a Keras object describes."""
+    graph = config.get("config") if isinstance(config, dict) else None
+    if isinstance(graph, dict) and "output_layers" in graph:
+        config = {**config, "config": after_earlier_calls(graph)}
     loaded = load_object(config, *live_types)
     return loaded.get_bound_value() if isinstance(loaded, Adapter) else loaded
 
@@ -374,6 +397,8 @@ class StepValues:
     given: dict[str, Any]  # arguments in the call of the layer, by name
     step: Step | None  # `None` in a user's own loop
     values: list[Any] | None = None  # of each adapter, once they are computed
+    # Variables, with the values that they had in the forward pass: `stateless_call` gives others.
+    elsewhere: list[tuple[keras.Variable, Any]] = dataclasses.field(default_factory=list)
 
     def layer(self) -> Any:
         """Return the layer, or `None` if it is gone."""
@@ -386,25 +411,41 @@ class StepValues:
         layer = self.layer()
         return [] if layer is None else list(layer.get_losses())
 
+    def variables(self) -> list[keras.Variable]:
+        """Return the state of all that the losses get."""
+        given = [one for one in keras.tree.flatten(self.given) if isinstance(one, keras.Layer)]
+        return [v for one in (*self.layer().adapters, *given) for v in one.variables]
+
     def args_of(self, loss: Any) -> dict[str, Any]:
         """Return the arguments that the layer gives to one of its losses."""
-        if self.values is None:
-            self.compute(training=self.step is not None and self.step.training)
+        self.compute_once()
         layer = self.layer()
         by_adapter = dict(zip(layer.adapters, self.values or (), strict=True))
 
         def value(leaf: Any) -> Any:
-            return by_adapter[leaf] if isinstance(leaf, Adapter) else leaf
+            if not isinstance(leaf, Adapter):
+                return leaf
+            return leaf.adapted.value if by_adapter[leaf] is _ADAPTED else by_adapter[leaf]
 
         given = {name: one for name, one in self.given.items() if loss.takes(name)}
         live = {name: map_leaves(tree, value) for name, tree in layer.get_losses()[loss].items()}
         return {**given, **live}
 
+    def compute_once(self) -> None:
+        """Compute the values of this step, if they are not yet."""
+        if self.values is None:
+            self.compute(training=self.step is not None and self.step.training)
+
     def compute(self, *, training: bool) -> None:
         """Compute the values of this step."""
-        pairs = zip(self.layer().adapters, self.read, strict=True)
+        pairs = list(zip(self.layer().adapters, self.read, strict=True))
         with ReadScope(copies=True):
-            self.values = [adapter.value(one, training) for adapter, one in pairs]
+            values = [adapter.value(one, training) for adapter, one in pairs]
+        # Such an object may hold the model, which tensors must not.
+        is_adapted = [
+            v is not None and v is a.adapted.value for v, (a, _) in zip(values, pairs, strict=True)
+        ]
+        self.values = [_ADAPTED if same else v for v, same in zip(values, is_adapted, strict=True)]
 
     def finish_step(self) -> None:
         """Let the adapters go on to the next step."""

@@ -168,11 +168,13 @@ class BoundLoss(keras.losses.Loss):
             call = Call.of(self, y_pred, sample_weight, extra)
             if in_symbolic_scope():
                 return build(call, y_true, y_pred)
+            own = [(one, one.layer()) for one in call.values]
+            own = [(one, layer) for one, layer in own if layer is not None and layer.loss is self]
+            # First: they see the state before the updates of this step.
+            tracked = [layer.evaluate_tracked(call, y_true, y_pred) for _, layer in own]
             value = call.evaluate(y_true, y_pred)
-            for values in call.values:
-                layer = values.layer()
-                if layer is not None and layer.loss is self:
-                    layer.finish_step(values, call, y_true, y_pred)
+            for (one, layer), logged in zip(own, tracked, strict=True):
+                layer.finish_step(one, call, logged, y_pred)
         except Exception:
             give_variables_back()
             raise
@@ -255,6 +257,10 @@ class BoundLoss(keras.losses.Loss):
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.holds_live:
+            for one in (self, *self.inner_losses):
+                for name, _, leaf in one.live_leaves():
+                    if isinstance(leaf, (keras.Layer, keras.random.SeedGenerator)):
+                        encode(leaf, f"{name!r} of {one.loss_function.name}()")  # raises
             return type(self).from_config, (self.get_config(),)
         return _unpickled, (self.loss_function, self.bound_args, self._options())
 

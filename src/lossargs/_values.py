@@ -20,8 +20,17 @@ _DEEPEST = 32  # nested containers; Keras's serialization needs ten calls for ea
 _NO_NUMBERS = "SUMm"  # kinds of dtypes: text, dates and times
 _USER_DEFINED = 2  # `dtype.isbuiltin` of a dtype of ml_dtypes, e.g. bfloat16
 
-# They hold variables or are used up. A constant is read once, when the step is traced.
-_HOLDERS = (keras.Layer, keras.Metric, keras.Optimizer, keras.random.SeedGenerator, Iterator)
+# They hold variables that the model does not know.
+_INSTEAD = {
+    keras.Metric: (
+        "which Keras would neither reset nor log here. Give a layer that holds the metric, and "
+        "update it in the loss. Or give its number: a keras.Variable that you assign."
+    ),
+    keras.Optimizer: (
+        "whose variables belong to compile. Give what the loss reads of it: a "
+        "LearningRateSchedule, or a keras.Variable that you assign in a callback."
+    ),
+}
 _VARIABLES = ("tensorflow Variable", "torch Parameter", "flax Variable")
 
 # Types whose values change between steps; `lossargs.Adapter` adds to them.
@@ -91,6 +100,10 @@ def bind_value(value: Any, where: str) -> Any:
 def _bind_leaf(value: Any, where: str) -> Any:
     if type(value) in _ATOMS or is_live(value):
         return value
+    for cls, instead in _INSTEAD.items():
+        if isinstance(value, cls):
+            kind = f"{'an' if cls is keras.Optimizer else 'a'} {cls.__name__.lower()}"
+            raise ArgumentError(f"{where} is {kind}, {type(value).__name__}, {instead}")
     if kind := _changing_kind(value):
         raise ArgumentError(
             f"{where} is a {kind}: bound as a constant, it would keep its current value in the "
@@ -183,7 +196,7 @@ def _array_of_tensor(value: Any, where: str) -> np.ndarray[Any, Any]:
 
 def _changing_kind(value: Any) -> str | None:
     """Return the kind of a value that changes between steps and cannot be bound, or `None`."""
-    if isinstance(value, _HOLDERS):
+    if isinstance(value, Iterator):
         return type(value).__name__
     if getattr(value, "requires_grad", False) and type(value).__name__ != "Parameter":
         return "torch tensor that requires a gradient"
