@@ -263,7 +263,7 @@ def test_weight_of_a_layer_as_an_argument(tmp_path, data):
     model = attach(network, loss)
     model.compile("sgd", loss=loss)
     model.fit(data.x, data.y, verbose=0)
-    with pytest.raises(SavingError, match="'what' of .* is a weight of the layer 'dense"):
+    with pytest.raises(SavingError, match="'what' of .* shares weights with the layer 'dense"):
         keras.models.clone_model(model)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")

@@ -1,12 +1,12 @@
 """The kinds of live arguments."""
 
-from collections.abc import Iterable
 from typing import Any, Self
 
 import keras
 import numpy as np
 
-from lossargs._keras import flat_layers, in_sharing_scope, is_autocast, own_variables
+from lossargs._errors import AttachError
+from lossargs._keras import flat_layers, in_sharing_scope, is_autocast
 from lossargs._live import Adapter, Untracked
 from lossargs._serialization import decode, encode, load_object, reading
 from lossargs._values import format_value
@@ -113,19 +113,6 @@ class VariableAdapter(Adapter):
             return adapter
 
 
-def refer_to_owners(adapters: Iterable[Adapter], layers: Iterable[Any]) -> None:
-    """Let the layers of a graph save the variables that are their weights."""
-    owners: dict[int, Any] = {}
-    for layer in layers:
-        inside = [one for one in flat_layers(layer) if not isinstance(one, Adapter)]
-        own = {id(variable) for one in inside for variable in own_variables(one)}
-        weights = enumerate(layer.weights)
-        owners |= {id(weight): (layer, i) for i, weight in weights if id(weight) in own}
-    for adapter in adapters:
-        if isinstance(adapter, VariableAdapter) and id(adapter.variable) in owners:
-            adapter.refer_to(*owners[id(adapter.variable)])
-
-
 @keras.saving.register_keras_serializable(package="lossargs")
 class ScheduleAdapter(Adapter):
     """A learning rate schedule: its value at the current step of training."""
@@ -195,3 +182,61 @@ class TensorAdapter(Adapter):
         with reading("A saved tensor"):
             adapter: Self = super().from_config(config)
             return adapter
+
+
+@keras.saving.register_keras_serializable(package="lossargs")
+class LayerAdapter(Adapter):
+    """A layer or a model, with its weights in the step.
+
+    The layer is a part of the adapter, and so of the model. Its config and weights say all of it:
+    a loss saves the layer, and never this adapter.
+    """
+
+    adapts = keras.Layer
+
+    def __init__(self, layer: keras.Layer, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.layer = layer
+
+    def value(self, tensor: Any, training: bool) -> Any:  # noqa: ARG002
+        return self.layer
+
+    def check_is_alone(self, what: str) -> None:
+        """Raise if the layer is a model that a loss is attached to."""
+        if any(isinstance(one, Adapter) for one in flat_layers(self.layer)):
+            raise AttachError(
+                f"{what} is attached to a loss of its own, whose live arguments would belong to "
+                f"two models. Pass the model without it: detach({self.layer.name})."
+            )
+
+    def check_is_built(self, what: str) -> None:
+        """Raise if the layer would make its weights in the compiled step."""
+        for one in flat_layers(self.layer):
+            if not one.built and type(one).build is not keras.Layer.build:
+                raise AttachError(
+                    f"{what} is not built: {one.name!r} has no weights yet, and would make them in "
+                    "the compiled step. Build it before fit: layer.build(input_shape), or call it "
+                    "on an example."
+                )
+
+
+@keras.saving.register_keras_serializable(package="lossargs")
+class SeedGeneratorAdapter(Adapter):
+    """A random generator: new draws in each step of training."""
+
+    adapts = keras.random.SeedGenerator
+
+    def __init__(self, generator: keras.random.SeedGenerator, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.generator = generator
+
+    def value(self, tensor: Any, training: bool) -> Any:  # noqa: ARG002
+        return self.generator
+
+    def save_own_variables(self, store: Any) -> None:
+        """Save the state, which Keras does not do by itself."""
+        store["state"] = keras.ops.convert_to_numpy(self.generator.state.value)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Load the state."""
+        self.generator.state.assign(store["state"])

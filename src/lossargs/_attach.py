@@ -5,62 +5,34 @@ from typing import Any, TypeVar, cast
 
 import keras
 
-from lossargs._adapters import refer_to_owners
-from lossargs._derivatives import undifferentiated
+from lossargs._adapters import LayerAdapter, SeedGeneratorAdapter
 from lossargs._errors import AttachError, listed, nearest
 from lossargs._keras import (
     Functional,
     ancestors,
     copy_own_state,
-    in_symbolic_scope,
-    keeps_constructor,
-    new_like,
+    flat_layers,
+    forget_calls,
     own_variables,
     producer,
-    running_step,
 )
 from lossargs._layer import LossArgs
 from lossargs._live import Adapter, Untracked, layers_of
 from lossargs._logs import LiveArg, names_of, output_names_of
 from lossargs._loss import BoundLoss, check_is_bound
-from lossargs._serialization import reading
+from lossargs._models import (
+    AttachedModel,
+    AttachedSequential,
+    before_loss,
+    described,
+    functional_like,
+    names_of_outputs,
+    plain_output,
+    sequential_like,
+)
 
 Target = TypeVar("Target")
 _KEPT = "_lossargs_kept"
-
-
-@keras.saving.register_keras_serializable(package="lossargs")
-class AttachedModel(keras.Model):
-    """A Functional model whose outputs keep the names that they had before `attach`.
-
-    Keras names the outputs in a list after their layers, which are all `LossArgs`.
-    """
-
-    _predictor = Untracked(None)  # made by the first `predict`
-
-    @property
-    def output_names(self) -> list[str]:
-        """The names of the outputs in `compile` and in the logs."""
-        return _names(self.outputs)
-
-    @output_names.setter
-    def output_names(self, names: list[str]) -> None:
-        """Ignore the names of the layers, which Keras sets."""
-
-    def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
-        """Return the predictions, in `predict` without the tensors that only losses read."""
-        step = running_step()
-        if step is None or step.method != "predict_step" or in_symbolic_scope():
-            return super().call(inputs, training=training, mask=mask)
-        if self._predictor.value is None:
-            outputs = keras.tree.map_structure(_plain_output, self.output)
-            self._predictor = Untracked(Functional(self.input, outputs))
-        return self._predictor.value.call(inputs, training=training, mask=mask)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
-        with reading("The config of a model with live arguments"):
-            return super().from_config(config, custom_objects)
 
 
 def attach(target: Target, loss: Any, *, track: Any = ()) -> Target:
@@ -102,7 +74,7 @@ def attach(target: Target, loss: Any, *, track: Any = ()) -> Target:
         attached = _attach_functional(target, loss, track)
     elif isinstance(target, keras.Model):
         raise AttachError(
-            f"attach() cannot add a layer to {_described(target)}, whose outputs are what its "
+            f"attach() cannot add a layer to {described(target)}, whose outputs are what its "
             "`call` returns. Make a layer in its __init__, self.loss_args = LossArgs(loss), and "
             "return self.loss_args(y_pred) in its `call`, with tensors by name: "
             "self.loss_args(y_pred, z_mean=z_mean)."
@@ -140,16 +112,16 @@ def detach(model: keras.Model) -> keras.Model:
     detached: Any
     if isinstance(model, keras.Sequential):
         layers = [layer for layer in model.layers if not isinstance(layer, LossArgs)]
-        detached = _sequential(model, layers)
+        detached = sequential_like(model, layers)
     elif isinstance(model, Functional):
-        outputs = keras.tree.map_structure(_plain_output, model.output)
+        outputs = keras.tree.map_structure(plain_output, model.output)
         used, _ = ancestors(keras.tree.flatten(outputs))
-        detached = _functional(
+        detached = functional_like(
             model, _inputs_without(model, _loss_inputs(model) - used.keys()), outputs
         )
     else:
         raise AttachError(
-            f"detach() cannot take the layer out of {_described(model)}, whose outputs are what "
+            f"detach() cannot take the layer out of {described(model)}, whose outputs are what "
             "its `call` returns. LossArgs leaves predictions as they are: `predict` and `export` "
             "work with it."
         )
@@ -159,7 +131,10 @@ def detach(model: keras.Model) -> keras.Model:
             f"The layers {listed(inner)} of {model.name!r} are attached models themselves. Detach "
             "them before they become layers of another model."
         )
-    return _remember(detached, _kept_by(model))
+    forget_calls(detached.layers, LossArgs)
+    objects = (LayerAdapter, SeedGeneratorAdapter)  # which the user holds
+    kept = {k: one for k, one in _kept_by(model).items() if not isinstance(one, objects)}
+    return _remember(detached, kept)
 
 
 def _loss_inputs(model: Any) -> set[int]:
@@ -219,17 +194,6 @@ def live_args(model: keras.Model) -> dict[str, keras.Variable]:
     return {name: variable for name, variable in variables.items() if variable is not None}
 
 
-def _plain_output(output: keras.KerasTensor) -> keras.KerasTensor:
-    """Return an output without losses and derivatives."""
-    return undifferentiated(_before(output))
-
-
-def _before(output: keras.KerasTensor) -> keras.KerasTensor:
-    """Return an output without the layers that `attach` added."""
-    operation, given = producer(output)
-    return _before(given[0]) if isinstance(operation, LossArgs) else output
-
-
 def _attach_tensor(output: Any, loss: BoundLoss, track: Any, kept: dict[Any, Adapter]) -> Any:
     if not isinstance(output, keras.KerasTensor):
         raise AttachError(
@@ -243,10 +207,13 @@ def _attach_tensor(output: Any, loss: BoundLoss, track: Any, kept: dict[Any, Ada
         kept = kept | replaced.adapters_by_key()
     layer = LossArgs(loss, track=[track] if isinstance(track, BoundLoss) else track, kept=kept)
     tensors = [adapter.tensor for adapter in layer.readers()]
-    output = _before(output)
+    output = before_loss(output)
     _, layers = ancestors([output, *(t for t in tensors if t is not None)])
-    refer_to_owners(layer.adapters, layers)
-    return (layer(output, tensors) if tensors else layer(output)), layer
+    layer.note_weights_of(layers)
+    _refuse_saving_shared_layers(layer, layers)
+    attached = layer(output, tensors) if tensors else layer(output)
+    forget_calls(layers, LossArgs)  # else each would keep the loss
+    return attached, layer
 
 
 def _attach_tensors(
@@ -258,7 +225,7 @@ def _attach_tensors(
         attached, layer = _attach_tensor(outputs, loss, track, kept)
         return attached, [layer]
     by_name = dict(outputs) if isinstance(outputs, Mapping) else None
-    names = list(by_name) if by_name is not None else _names(outputs)
+    names = list(by_name) if by_name is not None else names_of_outputs(outputs)
     tensors = list(by_name.values()) if by_name is not None else list(outputs)
     is_one = not isinstance(loss, (list, tuple))
     losses = _by_output(loss, names, "loss", is_one=is_one)
@@ -271,17 +238,12 @@ def _attach_tensors(
             tensors[place], layer = _attach_tensor(tensor, one, tracked or (), kept)
             layers.append(layer)
         else:
-            tensors[place] = _before(tensor)
+            tensors[place] = before_loss(tensor)
             if tracked:
                 check_is_bound(one)
     if by_name is not None:
         return dict(zip(names, tensors, strict=True)), layers
     return (tuple if isinstance(outputs, tuple) else list)(tensors), layers
-
-
-def _names(outputs: Any) -> list[str]:
-    """Return the names of the outputs in a list, as they were before losses were attached."""
-    return [producer(_before(output))[0].name for output in outputs]
 
 
 def _by_output(given: Any, names: Sequence[str], what: str, *, is_one: bool) -> list[Any]:
@@ -327,7 +289,10 @@ def _attach_functional(model: Any, loss: Any, track: Any) -> Any:
         inputs = {**inputs, **{tensor.name: tensor for tensor in extra}}
     elif extra:
         inputs = [*(inputs if isinstance(inputs, (list, tuple)) else [inputs]), *extra]
-    attached = _functional(model, inputs, outputs)
+    attached = functional_like(model, inputs, outputs)
+    if isinstance(attached, AttachedModel):
+        for layer in layers:
+            layer.unsaved = ""
     if list(attached.output_names) != list(model.output_names):
         attached.output_names = list(model.output_names)
         for layer in layers if isinstance(outputs, (list, tuple)) else []:
@@ -350,6 +315,23 @@ def _refuse_saving_own_weights(model: Any, layers: list[LossArgs]) -> None:
                 )
 
 
+def _refuse_saving_shared_layers(layer: LossArgs, layers: list[Any]) -> None:
+    """Let no model be saved that is not of our classes, and whose graph a network shares."""
+    inside = {id(part): part.name for one in layers for part in flat_layers(one)}
+    for one in layer.live:
+        if not isinstance(one.adapter, LayerAdapter) or one.adapter.layer in layers:
+            continue
+        parts = [
+            p for p in flat_layers(one.adapter.layer) if not isinstance(p, keras.layers.InputLayer)
+        ]
+        if any(id(part) in inside for part in parts):
+            layer.unsaved = (
+                f"{one.label!r} shares layers with the model, which Keras would load as two. Give "
+                "attach a model of Keras's own class: attach(keras.Model(x, y), loss). Or pass a "
+                "layer of that model."
+            )
+
+
 def _refuse_inputs_of_layers(one: Any, sources: dict[int, Any], model: Any) -> None:
     """Raise if an argument is a tensor of a model that is a layer of this one, from within it."""
     known = {id(tensor) for tensor in model.inputs}
@@ -364,26 +346,6 @@ def _refuse_inputs_of_layers(one: Any, sources: dict[int, Any], model: Any) -> N
                 )
 
 
-def _functional(model: Any, inputs: Any, outputs: Any) -> Any:
-    """Return a model of the same class, with the same state, on these inputs and outputs."""
-    if type(model) in (Functional, AttachedModel):
-        flat = keras.tree.flatten(outputs)
-        is_attached = any(isinstance(producer(output)[0], LossArgs) for output in flat)
-        cls = AttachedModel if is_attached else Functional
-        new = cls(inputs, outputs, name=model.name)
-    elif keeps_constructor(model, Functional):
-        new = new_like(model, Functional, inputs, outputs)
-    else:
-        raise AttachError(
-            f"{_described(model)} has an __init__ of its own, so that attach() and detach() cannot "
-            "make another one of it. Build it with the layer in it: "
-            "super().__init__(inputs, attach(y_pred, loss)); or, in a model with a `call`, "
-            "self.loss_args = LossArgs(loss)."
-        )
-    copy_own_state(model, new, Functional)
-    return new
-
-
 def _attach_sequential(model: Any, loss: Any, track: Any) -> Any:
     check_is_bound(loss)
     kept = _kept_by(model)
@@ -391,11 +353,13 @@ def _attach_sequential(model: Any, loss: Any, track: Any) -> Any:
     if not layer.readers():
         layers = [one for one in model.layers if not isinstance(one, LossArgs)]
         names_of([layer], by_layer=False)
-        refer_to_owners(layer.adapters, layers)
-        attached = _sequential(model, [*layers, layer])
+        layer.note_weights_of(layers)
+        attached = sequential_like(model, [*layers, layer])
+        if not isinstance(attached, AttachedSequential):
+            _refuse_saving_shared_layers(layer, layers)
         _refuse_saving_own_weights(attached, [layer])
         return _remember(attached, kept)
-    if type(model) is not keras.Sequential or not model.built:
+    if type(model) not in (keras.Sequential, AttachedSequential) or not model.built:
         raise AttachError(
             f"{loss!r} reads tensors, which makes {model.name!r} a Functional model. Make it one "
             "first, keras.Model(model.inputs, model.outputs), once it has a keras.Input."
@@ -403,20 +367,3 @@ def _attach_sequential(model: Any, loss: Any, track: Any) -> Any:
     functional = Functional(model.inputs[0], model.outputs[0], name=model.name)
     copy_own_state(model, functional, keras.Sequential)
     return _attach_functional(_remember(functional, kept), loss, track)
-
-
-def _sequential(model: Any, layers: list[Any]) -> Any:
-    if not keeps_constructor(model, keras.Sequential):
-        raise AttachError(
-            f"{_described(model)} has an __init__ of its own, so that attach() and detach() cannot "
-            "make another one of it. Add the layer yourself: model.add(LossArgs(loss))."
-        )
-    new = new_like(model, keras.Sequential)
-    for layer in (*([model.inputs[0]] if model.built else []), *layers):
-        new.add(layer)
-    copy_own_state(model, new, keras.Sequential)
-    return new
-
-
-def _described(model: Any) -> str:
-    return f"{model.name!r}, a {type(model).__name__}"

@@ -17,6 +17,7 @@ from lossargs._inputs import Inputs, shape_of
 from lossargs._keras import (
     ReadScope,
     Sandbox,
+    in_stateless_scope,
     in_symbolic_scope,
     scale_loss_for_distribution,
     squeeze_or_expand_to_same_rank,
@@ -50,11 +51,15 @@ class Call(keras.losses.Loss):
         self.weight = weight
         self.extra = extra or {}
         self.reduction = reduction
+        # Inner losses may be evaluated in a branch of the function that others cannot see.
+        self.is_shared = False
 
     @classmethod
     def reduced(cls, loss: Any, inputs: Inputs, extra: Mapping[str, Any] | None = None) -> "Call":
         """Return the call of a loss with its own reduction and the weights of the samples."""
-        return cls(loss, inputs, weight=inputs.weight, extra=extra, reduction=loss.reduction)
+        call = cls(loss, inputs, weight=inputs.weight, extra=extra, reduction=loss.reduction)
+        call.is_shared = not call.extra
+        return call
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None, **extra: Any) -> Any:
         """Return one number per sample; called by the function that received an inner loss."""
@@ -81,23 +86,31 @@ class Call(keras.losses.Loss):
         return self.inputs.step and self.inputs.step.model
 
     def evaluate(self, y_true: Any, y_pred: Any) -> Any:
-        """Return the loss of a batch, and check which variables the function reads."""
+        """Return the loss of a batch, and check which variables the function reads and assigns."""
         # TensorFlow and JAX run this code only in traces.
-        is_torch = keras.backend.backend() == "torch"
-        if self.model is None or (is_torch and self.model in self.loss.checked_models):
+        is_torch, values = keras.backend.backend() == "torch", self.inputs.values
+        is_checked = self.model is None or (is_torch and self.model in self.loss.checked_models)
+        if is_checked and not values:
             return self._reduce(y_true, y_pred)
         is_frozen = not variables_can_be_assigned()  # in a step of a user's own on JAX
-        with ReadScope() as scope:
+        elsewhere = [] if in_stateless_scope() else [pair for v in values for pair in v.elsewhere]
+        lost = {id(variable) for variable, _ in elsewhere}
+        is_trained = self.inputs.step is None or self.inputs.step.training
+        fixed = set() if is_trained else {id(v) for one in values for v in one.variables()}
+        with ReadScope(elsewhere, dropped=lost | fixed) as scope:
             try:
                 value = self._reduce(y_true, y_pred)
             except LossArgsError:
                 raise
             except Exception as error:
-                self._check_reads(scope, is_frozen, error)
+                if not is_checked:
+                    self._check_reads(scope, is_frozen, error)
                 raise
-        self._check_reads(scope, is_frozen)
-        if not in_symbolic_scope():  # stand-ins of PyTorch draw no random numbers
-            self.loss.checked_models.add(self.model)
+        self._check_updates(scope, lost)
+        if not is_checked:
+            self._check_reads(scope, is_frozen)
+            if not in_symbolic_scope():  # stand-ins of PyTorch draw no random numbers
+                self.loss.checked_models.add(self.model)
         return value
 
     # Arguments.
@@ -202,7 +215,7 @@ class Call(keras.losses.Loss):
         values = None if self.extra else self.inputs.recall(key)
         if values is None:
             values = self._call_function(y_true, y_pred)
-            if not self.extra:
+            if self.is_shared:
                 self.inputs.remember(key, values)
         name = self.loss.loss_function.name
         if self.weight is not None and _is_one_number(values, self.weight):
@@ -283,9 +296,26 @@ class Call(keras.losses.Loss):
                     f"{name} reads the variable {variable.path!r} of shape "
                     f"{tuple(variable.shape)}, which is neither an argument nor a part of the "
                     "model: JAX would freeze its value, and no backend would train or save it. "
-                    "Pass the variable, or the object that holds it, as an argument: "
-                    f"def {name}(y_true, y_pred, variable): ..."
+                    "Pass the layer, generator or variable as an argument: "
+                    f"def {name}(y_true, y_pred, *, layer): ..."
                 ) from cause
+
+    def _check_updates(self, scope: ReadScope, lost: set[int]) -> None:
+        """Raise if the function assigned a variable whose new value would be lost."""
+        name = self.loss.loss_function.name
+        for key, variable in scope.assigned.items():
+            if key in lost:
+                raise ArgumentError(
+                    f"{name} assigns the variable {variable.path!r}, and the model was called by "
+                    "stateless_call, which gave back its state before. Evaluate the loss by "
+                    "model.stateless_compute_loss(...), which returns the new state."
+                )
+            if variable.trainable and self.inputs.step is not None:
+                raise ArgumentError(
+                    f"{name} assigns the trainable weight {variable.path!r}, which the optimizer "
+                    "updates in the same step. Make it non-trainable: layer.trainable = False, or "
+                    "add_weight(..., trainable=False)."
+                )
 
     def _symbolic_tensor_outside(self) -> ArgumentError:
         name = self.loss.loss_function.name

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from types import CodeType, FrameType
 from typing import Any
 
@@ -14,7 +14,7 @@ import keras
 from keras.src.backend import compute_output_spec
 from keras.src.backend.common.global_state import get_global_attribute
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
-from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 # Attributes of tensors, also of JAX tracers, which have no attributes of their own.
@@ -52,37 +52,62 @@ def _read_before_update(value: Any) -> Any:
 
 
 class ReadScope(keras.StatelessScope):
-    """A scope that notes which variables are read or assigned, and changes nothing else."""
+    """A scope that notes which variables are read or assigned, and changes little else.
 
-    def __init__(self, *, copies: bool = False) -> None:
-        super().__init__()
+    Args:
+        values: Pairs of variables and values that they have in this scope.
+        copies: Whether values that are read stay as they are when the optimizer assigns their
+            variables. State stays in any case, which the loss assigns.
+        dropped: The `id`s of variables that are as before after the scope.
+    """
+
+    def __init__(
+        self,
+        values: Iterable[tuple[keras.Variable, Any]] = (),
+        *,
+        copies: bool = False,
+        dropped: Collection[int] = (),
+    ) -> None:
+        super().__init__(list(values))
         self.variables: dict[int, keras.Variable] = {}  # by `id`
+        self.assigned: dict[int, keras.Variable] = {}
         self._backend = keras.backend.backend()
-        self._copies = copies  # values that are read stay as they are
+        self._copies = copies
+        self._assigning = False
+        self._dropped = dropped
 
     def get_current_value(self, variable: keras.Variable) -> Any:
         """Return the value of the surrounding scope; called by a variable that is read."""
         self.variables[id(variable)] = variable
-        around = self.original_scope
-        value = around.get_current_value(variable) if around else None
+        value, around = super().get_current_value(variable), self.original_scope
+        if value is None and around:
+            value = around.get_current_value(variable)
         if value is None and variable._value is not None:
             if self._backend == "tensorflow" and variable.trainable:
                 read: Any = keras.ops.custom_gradient(_read_before_update)
                 value = read(keras.ops.convert_to_tensor(variable._value))
-            elif self._copies and self._backend != "jax":
-                value = keras.ops.copy(variable._value)  # PyTorch assigns in place
+            elif self._copies_of(variable):
+                value = keras.ops.copy(variable._value)
         return value
+
+    def _copies_of(self, variable: keras.Variable) -> bool:
+        # PyTorch assigns in place, also to what was saved for the backward pass.
+        is_state = self._backend == "torch" and not variable.trainable
+        return not self._assigning and (is_state or (self._copies and self._backend != "jax"))
 
     def add_update(self, update: tuple[keras.Variable, Any]) -> None:
         """Pass an update on; called by a variable that is assigned."""
         variable, value = update
-        self.variables[id(variable)] = variable
-        copies, self._copies = self._copies, False  # PyTorch assigns to the value that it reads
+        self.variables[id(variable)] = self.assigned[id(variable)] = variable
+        if id(variable) in self._dropped:
+            super().add_update(update)
+            return
+        self._assigning = True  # PyTorch assigns to the value that it reads
         if self.original_scope:
             self.original_scope.add_update(update)
         else:
             variable._direct_assign(value)
-        self._copies = copies
+        self._assigning = False
 
 
 def alias(tensor: Any) -> Any:
@@ -93,6 +118,13 @@ def alias(tensor: Any) -> Any:
     if mask is not None:
         set_keras_mask(other, mask)
     return other
+
+
+def values_in_scope(variables: Iterable[keras.Variable]) -> list[tuple[keras.Variable, Any]]:
+    """Return the variables that have other values in this scope than of their own, with these."""
+    scope = get_stateless_scope()
+    pairs = [(variable, scope and scope.get_current_value(variable)) for variable in variables]
+    return [(variable, value) for variable, value in pairs if value is not None]
 
 
 class Sandbox(keras.StatelessScope):
@@ -428,3 +460,41 @@ def ancestors(
 def own_variables(layer: keras.Layer) -> list[keras.Variable]:
     """Return the weights of a layer, without those of its sublayers."""
     return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
+def after_earlier_calls(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of a Functional model, some layers of which may have been loaded before.
+
+    The config counts the calls of a layer from the first one in this graph. A layer that another
+    graph shares has calls already.
+    """
+    loaded = get_global_attribute("shared_objects/id_to_obj_map") or {}
+    earlier = {
+        layer["name"]: len(loaded[layer["shared_object_id"]]._inbound_nodes)
+        for layer in config["layers"]
+        if layer.get("shared_object_id") in loaded and layer["inbound_nodes"]
+    }
+
+    def moved(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: moved(one) for key, one in part.items()}
+        if not isinstance(part, list):
+            return part
+        if len(part) == 3 and isinstance(part[0], str) and part[0] in earlier:
+            name, call, place = part
+            return [name, call + earlier[name], place]
+        return [moved(one) for one in part]
+
+    layers = [{**one, "inbound_nodes": moved(one["inbound_nodes"])} for one in config["layers"]]
+    ends = {name: moved(config[name]) for name in ("input_layers", "output_layers")}
+    return {**config, "layers": layers, **ends}
+
+
+def forget_calls(layers: Iterable[keras.Layer], of: type) -> None:
+    """Let layers forget which layers of a class were given their outputs.
+
+    Keras notes that, and never reads it.
+    """
+    for layer in layers:
+        kept = [node for node in layer._outbound_nodes if not isinstance(node.operation, of)]
+        layer._outbound_nodes[:] = kept

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import keras
 
-from lossargs._adapters import VariableAdapter, refer_to_owners
+from lossargs._adapters import LayerAdapter, VariableAdapter
 from lossargs._errors import AttachError, LossArgsError, SavingError, listed, nearest
 from lossargs._keras import (
     AutocastScope,
@@ -16,16 +16,19 @@ from lossargs._keras import (
     Step,
     allow_any_arguments,
     called_for_training,
+    flat_layers,
     follow_in_epochs,
     give_variables_back,
     in_legacy_saving,
     in_sharing_scope,
     in_symbolic_scope,
+    own_variables,
     running_step,
     unscale_loss_for_distribution,
+    values_in_scope,
     variables_can_be_assigned,
 )
-from lossargs._live import Adapter, StepValues, adapter_of, set_step_values
+from lossargs._live import Adapter, StepValues, Untracked, adapter_of, set_step_values
 from lossargs._logs import LiveArg, LiveValue, TrackedLoss, check_names, settle_names
 from lossargs._loss import BoundLoss, check_is_bound
 from lossargs._serialization import load_object, reading
@@ -126,6 +129,9 @@ class LossArgs(keras.Layer):
                     metrics[logged] = LiveValue(label)
                 metric = metrics.get(logged)
                 live.append(LiveArg(one, name, label, cache_key(leaf), logged[1], metric))
+        for arg in live:
+            if isinstance(arg.adapter, LayerAdapter):
+                arg.adapter.check_is_alone(f"{arg.label!r} of {arg.loss!r}")
         tracked = tuple((one, TrackedLoss(name=one.name)) for one in to_log)
         scalars = tuple((metric, adapter) for (_, adapter), metric in metrics.items())
         self._contents = _Contents(losses, adapters, tuple(live), scalars, tracked, track)
@@ -138,6 +144,8 @@ class LossArgs(keras.Layer):
         self._prepared: weakref.WeakSet[keras.Model] = weakref.WeakSet()
         self.new_inputs = None if new_inputs is None else tuple(new_inputs)
         self.unsaved = ""  # why this layer cannot be saved
+        # Names of layers of the model, by the adapters that share weights with these.
+        self._shared: Any = Untracked({})
         for one in losses:
             one.layers.add(self)
 
@@ -243,8 +251,10 @@ class LossArgs(keras.Layer):
         is_own_loop = step is None or not step.keeps_state
         training = called_for_training(self) if is_own_loop else bool(step and step.training)
         values = StepValues(self._reference, read, given, step, training)
+        if step is None:
+            values.elsewhere = values_in_scope(values.variables())
         if is_own_loop:
-            values.compute()
+            values.compute_once()
             if training:
                 values.finish_step()
         return set_step_values(y_pred, values)
@@ -332,8 +342,9 @@ class LossArgs(keras.Layer):
         # TensorFlow and JAX run this code only in traces.
         if keras.backend.backend() != "torch" or step.model not in self._prepared:
             for one in self._contents.live:
-                if one.adapter.variable is not None:
-                    follow_in_epochs(one.adapter.variable, step.model)
+                for variable in (*one.adapter.weights, one.adapter.variable):
+                    if variable is not None:
+                        follow_in_epochs(variable, step.model)
             if step.method != "predict_step":
                 self.prepare(step.model)
                 self._prepared.add(step.model)
@@ -354,9 +365,28 @@ class LossArgs(keras.Layer):
                 "and to compile. For a model that was loaded or cloned, take the `loss` of its "
                 "LossArgs layer. For another loss take model = detach(model)."
             )
+        for one in self._contents.live:
+            if isinstance(one.adapter, LayerAdapter):
+                one.adapter.check_is_built(f"{one.label!r} of {self.loss!r}")
         settle_names(model)
         if is_own and isinstance(model, (Functional, keras.Sequential)):
-            refer_to_owners(self.adapters, model.layers)
+            self.note_weights_of(model.layers)
+
+    def note_weights_of(self, layers: Iterable[Any]) -> None:
+        """Let the layers of a graph save the arguments that are their weights."""
+        owners: dict[int, Any] = {}
+        for layer in layers:
+            inside = [one for one in flat_layers(layer) if not isinstance(one, Adapter)]
+            own = {id(variable) for one in inside for variable in own_variables(one)}
+            weights = enumerate(layer.weights)
+            owners |= {id(weight): (layer, i) for i, weight in weights if id(weight) in own}
+        for adapter in self.adapters:
+            variables = [*adapter.weights, *filter(None, [adapter.variable])]
+            shared = [owners[id(v)] for v in variables if id(v) in owners]
+            if shared:
+                self._shared.value[adapter] = shared[0][0].name
+            if shared and isinstance(adapter, VariableAdapter):
+                adapter.refer_to(*shared[0])
 
     def get_config(self) -> dict[str, Any]:
         """Return what `from_config` needs to make this layer again.
@@ -372,13 +402,11 @@ class LossArgs(keras.Layer):
                 'arguments. Save the model in the Keras format, model.save("model.keras").'
             )
         for one in self._contents.live:
-            is_variable = isinstance(one.adapter, VariableAdapter)
-            owner = one.adapter.get_owner() if is_variable else None
-            if owner is not None and not in_sharing_scope():
+            if one.adapter in self._shared.value and not in_sharing_scope():
                 raise SavingError(
-                    f"{one.label!r} of {self.loss!r} is a weight of the layer {owner.name!r}, "
-                    "and would be another variable in a copy. Save and load the model, or clone "
-                    "detach(model)."
+                    f"{one.label!r} of {self.loss!r} shares weights with the layer "
+                    f"{self._shared.value[one.adapter]!r}, and would have its own in a copy. Save "
+                    "and load the model, or clone detach(model)."
                 )
         config = super().get_config()
         del config["dtype"]
@@ -386,10 +414,14 @@ class LossArgs(keras.Layer):
         new = None if self.new_inputs is None else list(self.new_inputs)
         return {**config, "loss": self.loss, "track": list(self.track), "new_inputs": new}
 
+    @staticmethod
+    def losses_from_config(config: dict[str, Any]) -> list[BoundLoss]:
+        """Return the loss and the tracked losses that a config describes."""
+        return [load_object(one, BoundLoss) for one in (config["loss"], *config["track"])]
+
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        config = dict(config)
         with reading("The config of a LossArgs layer"):
-            saved = [config.pop("loss"), *config.pop("track")]
-            loss, *track = [load_object(one, BoundLoss) for one in saved]
-            return cls(loss, track=track, **config)
+            loss, *track = cls.losses_from_config(config)
+            options = {k: v for k, v in config.items() if k not in ("loss", "track")}
+            return cls(loss, track=track, **options)

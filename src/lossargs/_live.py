@@ -1,15 +1,17 @@
 """Live arguments: the base class of all kinds, and the way of their values to the loss."""
 
 import dataclasses
+import inspect
 import weakref
 from typing import Any, ClassVar
 
 import keras
 
-from lossargs._errors import ArgumentError
+from lossargs._errors import ArgumentError, SavingError, listed
 from lossargs._keras import (
     ReadScope,
     Step,
+    after_earlier_calls,
     alias,
     flat_layers,
     get_tensor_attr,
@@ -20,6 +22,7 @@ from lossargs._serialization import load_object
 from lossargs._values import format_value, live_types, map_leaves
 
 _ATTRIBUTE = "_lossargs_steps"
+_ADAPTED = object()  # represents the object that an adapter adapts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +141,23 @@ class Adapter(keras.Layer):
         """The `keras.Variable` that a user may assign, or `None`."""
         return None
 
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments of the constructor that Keras knows.
+
+        Raises:
+            SavingError: The constructor has others, and the class does not define `get_config`.
+        """
+        first = 1 if self.adapts is None else 2  # `self`, and the value that is adapted
+        parameters = list(inspect.signature(type(self).__init__).parameters.values())[first:]
+        own = [p.name for p in parameters if p.name != "tensor" and p.kind is not p.VAR_KEYWORD]
+        if own and type(self).get_config is Adapter.get_config:
+            raise SavingError(
+                f"{type(self).__name__} has no get_config, and would load without {listed(own)}. "
+                f"Define it: return {{**super().get_config(), {own[0]!r}: self.{own[0]}}}."
+            )
+        config: dict[str, Any] = super().get_config()
+        return config
+
     # No property: Keras looks for weights in the values of all properties.
     def get_bound_value(self) -> Any:
         """Return the value that a loaded loss holds for this adapter."""
@@ -171,6 +191,9 @@ def encode_live(value: Any) -> Any:
 
 def decode_live(config: dict[str, Any]) -> Any:
     """Return the live value that the config of a Keras object describes."""
+    graph: Any = config.get("config")
+    if isinstance(graph, dict) and "output_layers" in graph:
+        config = {**config, "config": after_earlier_calls(graph)}
     loaded = load_object(config, *live_types)
     return loaded.get_bound_value() if isinstance(loaded, Adapter) else loaded
 
@@ -189,6 +212,8 @@ class StepValues:
     step: Step | None  # `None` in a user's own loop
     training: bool
     values: list[Any] | None = None  # of each adapter, once they are computed
+    # Variables with the values that `stateless_call` gave them in the forward pass.
+    elsewhere: list[tuple[keras.Variable, Any]] = dataclasses.field(default_factory=list)
 
     def layer(self) -> Any:
         """Return the layer, or `None` if it is gone."""
@@ -201,10 +226,14 @@ class StepValues:
         layer = self.layer()
         return [] if layer is None else list(layer.get_losses())
 
+    def variables(self) -> list[keras.Variable]:
+        """Return the variables of all objects that the losses receive."""
+        given = [one for one in keras.tree.flatten(self.given) if isinstance(one, keras.Layer)]
+        return [v for one in (*self.layer().adapters, *given) for v in one.variables]
+
     def args_of(self, loss: Any) -> dict[str, Any]:
         """Return the arguments of one of these losses."""
-        if self.values is None:
-            self.compute()
+        self.compute_once()
         by_adapter = self.by_adapter()
 
         def value(leaf: Any) -> Any:
@@ -217,13 +246,21 @@ class StepValues:
 
     def by_adapter(self) -> dict[Adapter, Any]:
         """Return the computed values."""
-        return dict(zip(self.layer().adapters, self.values or (), strict=True))
+        pairs = zip(self.layer().adapters, self.values or (), strict=True)
+        return {one: one.adapted.value if v is _ADAPTED else v for one, v in pairs}
 
-    def compute(self) -> None:
-        """Compute the values of this step."""
-        pairs = zip(self.layer().adapters, self.read, strict=True)
+    def compute_once(self) -> None:
+        """Compute the values of this step, unless they are computed."""
+        if self.values is not None:
+            return
+        pairs = list(zip(self.layer().adapters, self.read, strict=True))
         with ReadScope(copies=True):
-            self.values = [adapter.value(one, self.training) for adapter, one in pairs]
+            values = [adapter.value(one, self.training) for adapter, one in pairs]
+        # An adapted object may hold the model, which tensors must not.
+        self.values = [
+            _ADAPTED if value is not None and value is adapter.adapted.value else value
+            for value, (adapter, _) in zip(values, pairs, strict=True)
+        ]
 
     def finish_step(self) -> None:
         """Advance the state of the adapters."""

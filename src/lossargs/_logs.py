@@ -58,6 +58,11 @@ class LiveArg:
     adapter: Adapter
     metric: LiveValue | None  # logs the value, if it is a scalar
 
+    @property
+    def is_named(self) -> bool:
+        """Whether the logs or `live_args` hold the value by its name."""
+        return self.metric is not None or self.adapter.variable is not None
+
 
 def check_names(names: Sequence[str], where: str) -> None:
     """Raise if two different things would be logged under one name."""
@@ -101,7 +106,7 @@ def names_of(
         output = (outputs or {}).get(layer)
         return f"{output}_{name}" if output and is_of_sum else name
 
-    live = [(layer, one) for layer in layers for one in layer.get_live()]
+    live = [(layer, one) for layer in layers for one in layer.get_live() if one.is_named]
     labels = {id(one): in_output(layer, one.loss, one.label) for layer, one in live}
     names = dict(labels)
     for prefix in ("loss", "layer") if by_layer else ("loss",):

@@ -12,7 +12,7 @@ from lossargs._call import Call, build
 from lossargs._errors import ArgumentError, AttachError, SavingError, listed
 from lossargs._function import LossFunction, registered
 from lossargs._inputs import Inputs
-from lossargs._keras import give_variables_back, in_symbolic_scope
+from lossargs._keras import Sandbox, give_variables_back, in_symbolic_scope
 from lossargs._live import decode_live, encode_live
 from lossargs._serialization import checked, decode, encode, reading
 from lossargs._sums import Arithmetic, label_of
@@ -190,8 +190,14 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
             values = {}
             # A loss may be an inner loss of another one, which then finds it computed.
             for loss in sorted(losses, key=lambda loss: len(loss.inner_losses)):
-                call = Call.reduced(loss, inputs, extra if loss is self else None)
-                values[loss] = call.evaluate(y_true, y_pred)
+                if loss is self or loss in self.inner_losses:
+                    call = Call.reduced(loss, inputs, extra if loss is self else None)
+                    values[loss] = call.evaluate(y_true, y_pred)
+                    continue
+                for one, _ in layers:
+                    one.compute_once()
+                with Sandbox():  # only the main loss updates state
+                    values[loss] = Call.reduced(loss, inputs).evaluate(y_true, y_pred)
             for one, layer in layers:
                 layer.finish_step(one, values, y_pred)
         except Exception:
@@ -277,6 +283,10 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.holds_live:
+            for one in (self, *self.inner_losses):
+                for name, _, leaf in one.live_leaves():
+                    if isinstance(leaf, (keras.Layer, keras.random.SeedGenerator)):
+                        encode(leaf, f"{name!r} of {one.loss_function.name}()")  # raises
             return type(self).from_config, (self.get_config(),)
         return _unpickled, (self.loss_function, self.bound_args, self.get_options())
 

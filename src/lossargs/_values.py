@@ -20,8 +20,17 @@ _DEEPEST = 32  # nested containers; Keras's serialization needs ten calls for ea
 _NUMBERS = "?bBhHiIlLqQefdFD"  # characters of dtypes
 _USER_DEFINED = 2  # `dtype.isbuiltin` of a dtype of ml_dtypes, e.g. bfloat16
 
-# Their values change between steps. A constant is read once, when the step is traced.
-_CHANGING = (keras.Layer, keras.Metric, keras.Optimizer, keras.random.SeedGenerator, Iterator)
+# Holders of variables that the model would not know, and the values to give instead.
+_INSTEAD: dict[type, str] = {
+    keras.Metric: (
+        "which Keras would neither reset nor log here. Give a layer that holds the metric, and "
+        "update it in the loss. Or give its number: a keras.Variable that you assign."
+    ),
+    keras.Optimizer: (
+        "whose variables belong to compile. Give the value that the loss reads: a "
+        "LearningRateSchedule, or a keras.Variable that you assign in a callback."
+    ),
+}
 _VARIABLES = {"Variable", "Parameter"}  # classes of the backends, and of Flax
 
 # Types whose values a model can follow; `lossargs.Adapter` adds to them.
@@ -96,7 +105,11 @@ def _bind_leaf(value: Any, where: str) -> Any:
     if type(value) in _ATOMS or is_live(value):
         return value
     is_variable = not _VARIABLES.isdisjoint(cls.__name__ for cls in type(value).__mro__)
-    if isinstance(value, _CHANGING) or is_variable or getattr(value, "requires_grad", False):
+    for cls, instead in _INSTEAD.items():
+        if isinstance(value, cls):
+            kind = f"{type(value).__name__} (a {cls.__name__.lower()})"
+            raise ArgumentError(f"Cannot bind {where} to a {kind}, {instead}")
+    if isinstance(value, Iterator) or is_variable or getattr(value, "requires_grad", False):
         raise ArgumentError(
             f"Cannot bind {where} to a {type(value).__name__}: its current value would be baked "
             "into the compiled step. Give a keras.Variable, or a tensor at the call: "

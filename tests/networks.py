@@ -1,0 +1,233 @@
+"""Losses that are given a layer or a model, and the same written by hand.
+
+A case has a part, the loss that is given it, and what `compute_loss` would compute with it. The
+weights of a part are the same on every backend.
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+from helpers import linear_model
+from lossargs import attach, with_args
+
+package = keras.saving.register_keras_serializable("networks")
+RNG = np.random.default_rng(7)
+X = RNG.normal(size=(32, 3)).astype("float32")
+Y = RNG.normal(size=(32, 2)).astype("float32")
+ANCHOR, IMPORTANCE = RNG.random(size=(2, 3, 2)).astype("float32")
+squared_error = keras.losses.mean_squared_error
+
+
+def filled(layer):
+    for place, variable in enumerate(layer.weights):
+        values = 0.5 + 0.4 * np.sin(np.arange(np.prod(variable.shape)) + place)
+        variable.assign(np.reshape(values, variable.shape))
+    return layer
+
+
+# ---- A network that looks at both ----
+
+
+@with_args
+def perceptual(y_true, y_pred, *, features):
+    one, two = features(y_true, training=False), features(y_pred, training=False)
+    return squared_error(y_true, y_pred) + squared_error(one, two)
+
+
+def features(trainable=True):
+    layers = keras.layers
+    inside = [layers.Dense(4, "tanh"), layers.BatchNormalization(), layers.Dropout(0.5)]
+    network = filled(keras.Sequential([keras.Input((2,)), *inside, layers.Dense(3)]))
+    network.trainable = trainable
+    return network
+
+
+def perceptual_by_hand(part, y, y_pred, training):
+    seen = [part(values, training=False) for values in (y, y_pred)]
+    return ops.mean((y - y_pred) ** 2) + ops.mean((seen[0] - seen[1]) ** 2)
+
+
+# ---- A head, trained with the model ----
+
+
+@with_args
+def projected(y_true, y_pred, *, head):
+    return squared_error(y_true, head(y_pred)) + 0.01 * ops.sum(ops.abs(head.kernel))
+
+
+def head():
+    layer = keras.layers.Dense(2, name="head")
+    layer.build((None, 2))
+    return filled(layer)
+
+
+def projected_by_hand(part, y, y_pred, training):
+    error = y - (y_pred @ part.kernel + part.bias)
+    return ops.mean(error**2) + 0.01 * ops.sum(ops.abs(part.kernel))
+
+
+# ---- Elastic weight consolidation, on a layer of the model itself ----
+
+
+@with_args
+def elastic(y_true, y_pred, *, layer, anchor, importance):
+    penalty = ops.sum(importance * ops.square(layer.kernel - anchor))
+    return squared_error(y_true, y_pred) + penalty
+
+
+def elastic_by_hand(part, y, y_pred, training):
+    return ops.mean((y - y_pred) ** 2) + ops.sum(IMPORTANCE * (part.kernel - ANCHOR) ** 2)
+
+
+# ---- Centre loss: the layer moves its centres in each step ----
+
+
+@package
+class Centres(keras.layers.Layer):
+    def build(self, input_shape=None):
+        zeros = {"initializer": "zeros", "trainable": False, "aggregation": "mean"}
+        self.centres = self.add_weight(name="centres", shape=(2, 2), **zeros)
+
+    def call(self, embedding, one_hot):
+        nearest = one_hot @ self.centres
+        total = ops.transpose(one_hot) @ ops.stop_gradient(embedding - nearest)
+        count = 1 + ops.sum(one_hot, axis=0)
+        self.centres.assign(self.centres + 0.5 * total / count[:, None])
+        return ops.sum(ops.square(embedding - nearest), axis=-1)
+
+
+@with_args
+def centred(y_true, y_pred, *, centres):
+    one_hot = ops.one_hot(ops.cast(y_true[:, 0] > 0, "int32"), 2)
+    return squared_error(y_true, y_pred) + 0.5 * centres(y_pred, one_hot)
+
+
+def centred_by_hand(part, y, y_pred, training):
+    before, value, moved = part.centres + 0, ops.mean((y - y_pred) ** 2), []
+    for label in range(2):
+        here = ops.cast((y[:, :1] > 0) == (label == 1), "float32")
+        shift = here * (y_pred - before[label])
+        value = value + 0.5 * ops.sum(shift**2) / len(y)
+        step = 0.5 * ops.sum(shift, axis=0) / (1 + ops.sum(here))
+        moved.append(ops.stop_gradient(before[label] + step))
+    if training:
+        part.centres.assign(ops.stack(moved))
+    return value
+
+
+# ---- A queue of negatives, predictions of the batches before ----
+
+
+@package
+class Queue(keras.layers.Layer):
+    def build(self, input_shape=None):
+        zeros = {"initializer": "zeros", "trainable": False, "aggregation": "mean"}
+        self.rows = self.add_weight(name="rows", shape=(20, 2), **zeros)
+
+
+@with_args
+def contrasted(y_true, y_pred, *, queue):
+    positive = ops.sum(y_true * y_pred, axis=-1, keepdims=True)
+    logits = ops.concatenate([positive, y_pred @ ops.transpose(queue.rows)], axis=-1)
+    queue.rows.assign(ops.concatenate([ops.stop_gradient(y_pred), queue.rows])[:20])
+    return ops.logsumexp(logits, axis=-1) - logits[:, 0]
+
+
+def contrasted_by_hand(part, y, y_pred, training):
+    before, positive = part.rows + 0, ops.sum(y * y_pred, axis=-1)
+    if training:
+        part.rows.assign(ops.stop_gradient(ops.concatenate([y_pred, before[:12]])))
+    sums = ops.exp(positive) + ops.sum(ops.exp(y_pred @ ops.transpose(before)), axis=-1)
+    return ops.mean(ops.log(sums) - positive)
+
+
+# ---- Statistics of batches, that `training=True` updates ----
+
+
+@with_args
+def whitened(y_true, y_pred, *, norm):
+    return squared_error(norm(y_true, training=True), norm(y_pred, training=True))
+
+
+def norm():
+    layer = keras.layers.BatchNormalization(name="norm")
+    layer.build((None, 2))
+    return layer
+
+
+def whitened_by_hand(part, y, y_pred, training):
+    scaled = []
+    for values in (y, y_pred):
+        mean, variance = ops.moments(values, axes=[0])
+        white = (values - mean) / ops.sqrt(variance + part.epsilon)
+        scaled.append(white * part.gamma + part.beta)
+        if training:
+            for old, new in ((part.moving_mean, mean), (part.moving_variance, variance)):
+                old.assign(ops.stop_gradient(0.99 * old + 0.01 * new))
+    return ops.mean((scaled[0] - scaled[1]) ** 2)
+
+
+CASES = {
+    "frozen features": (
+        lambda: features(trainable=False),
+        lambda part: perceptual(features=part),
+        perceptual_by_hand,
+    ),
+    "trained features": (features, lambda part: perceptual(features=part), perceptual_by_hand),
+    "head": (head, lambda part: projected(head=part), projected_by_hand),
+    "own layer": (
+        None,
+        lambda part: elastic(layer=part, anchor=ANCHOR, importance=IMPORTANCE),
+        elastic_by_hand,
+    ),
+    "centre loss": (Centres, lambda part: centred(centres=part), centred_by_hand),
+    "queue": (Queue, lambda part: contrasted(queue=part), contrasted_by_hand),
+    "batch statistics": (norm, lambda part: whitened(norm=part), whitened_by_hand),
+}
+
+
+def part_of(case, network):
+    make = CASES[case][0]
+    if make is None:
+        return network.layers[0]
+    part = make()
+    if not part.built:
+        part.build()
+        filled(part)
+    return part
+
+
+@with_args
+def total(y_true, y_pred, *, terms):
+    return sum(term(y_true, y_pred) for term in terms)
+
+
+def attached(*cases):
+    """The linear model with the loss of a case or of several, that loss, and the parts."""
+    network = linear_model()
+    parts = [part_of(case, network) for case in cases]
+    terms = [CASES[case][1](part) for case, part in zip(cases, parts, strict=True)]
+    loss = total(terms=terms) if len(terms) > 1 else terms[0]
+    return attach(network, loss), loss, *parts
+
+
+class ByHand(keras.Model):
+    """The linear model with parts, and a `compute_loss` that uses them."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        pairs = zip(self.objectives, self.parts, strict=True)
+        return sum(objective(part, y, y_pred, training) for objective, part in pairs)
+
+
+def by_hand(*cases):
+    network = linear_model()
+    model = ByHand(network.inputs[0], network.outputs[0])
+    model.parts = [part_of(case, network) for case in cases]
+    model.objectives = [CASES[case][2] for case in cases]
+    return model
+
+
+def fitted(model, epochs=1, **options):
+    given = {"batch_size": 8, "shuffle": False, "verbose": 0, "epochs": epochs, **options}
+    return model.fit(X, Y, **given).history
