@@ -318,7 +318,7 @@ def _refuse_saving_own_weights(model: Any, layers: list[LossArgs]) -> None:
 def _refuse_saving_shared_layers(layer: LossArgs, layers: list[Any]) -> None:
     """Let no model be saved that is not of our classes, and whose graph a network shares."""
     inside = {id(part): part.name for one in layers for part in flat_layers(one)}
-    for one in layer.live:
+    for one in layer.get_live():
         if not isinstance(one.adapter, LayerAdapter) or one.adapter.layer in layers:
             continue
         parts = [

@@ -21,14 +21,16 @@ _NUMBERS = "?bBhHiIlLqQefdFD"  # characters of dtypes
 _USER_DEFINED = 2  # `dtype.isbuiltin` of a dtype of ml_dtypes, e.g. bfloat16
 
 # Holders of variables that the model would not know, and the values to give instead.
-_INSTEAD: dict[type, str] = {
+_INSTEAD: dict[type, tuple[str, str]] = {
     keras.Metric: (
+        "a metric",
         "which Keras would neither reset nor log here. Give a layer that holds the metric, and "
-        "update it in the loss. Or give its number: a keras.Variable that you assign."
+        "update it in the loss. Or give its number: a keras.Variable that you assign.",
     ),
     keras.Optimizer: (
+        "an optimizer",
         "whose variables belong to compile. Give the value that the loss reads: a "
-        "LearningRateSchedule, or a keras.Variable that you assign in a callback."
+        "LearningRateSchedule, or a keras.Variable that you assign in a callback.",
     ),
 }
 _VARIABLES = {"Variable", "Parameter"}  # classes of the backends, and of Flax
@@ -105,10 +107,9 @@ def _bind_leaf(value: Any, where: str) -> Any:
     if type(value) in _ATOMS or is_live(value):
         return value
     is_variable = not _VARIABLES.isdisjoint(cls.__name__ for cls in type(value).__mro__)
-    for cls, instead in _INSTEAD.items():
+    for cls, (kind, instead) in _INSTEAD.items():
         if isinstance(value, cls):
-            kind = f"{type(value).__name__} (a {cls.__name__.lower()})"
-            raise ArgumentError(f"Cannot bind {where} to a {kind}, {instead}")
+            raise ArgumentError(f"Cannot bind {where} to {kind}, {type(value).__name__}, {instead}")
     if isinstance(value, Iterator) or is_variable or getattr(value, "requires_grad", False):
         raise ArgumentError(
             f"Cannot bind {where} to a {type(value).__name__}: its current value would be baked "
