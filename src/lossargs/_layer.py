@@ -209,6 +209,11 @@ class LossArgs(keras.Layer):
             one.layers.add(self)
 
     @property
+    def metrics(self) -> list[Any]:
+        """The metrics of this layer. A model asks the layers within it too."""
+        return list(self.logged)
+
+    @property
     def live(self) -> Sequence[LiveArg]:
         """The live arguments of all the losses."""
         return self._plan.live
