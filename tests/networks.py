@@ -77,7 +77,8 @@ def elastic(y_true, y_pred, *, layer, anchor, importance):
 
 
 def elastic_by_hand(part, y, y_pred, training):
-    return ops.mean((y - y_pred) ** 2) + ops.sum(IMPORTANCE * (part.kernel - ANCHOR) ** 2)
+    importance, anchor = map(ops.convert_to_tensor, (IMPORTANCE, ANCHOR))
+    return ops.mean((y - y_pred) ** 2) + ops.sum(importance * (part.kernel - anchor) ** 2)
 
 
 # ---- Centre loss: the layer moves its centres in each step ----
@@ -108,7 +109,7 @@ def centred_by_hand(part, y, y_pred, training):
     for label in range(2):
         here = ops.cast((y[:, :1] > 0) == (label == 1), "float32")
         shift = here * (y_pred - before[label])
-        value = value + 0.5 * ops.sum(shift**2) / len(y)
+        value = value + 0.5 * ops.mean(ops.sum(shift**2, axis=-1))
         step = 0.5 * ops.sum(shift, axis=0) / (1 + ops.sum(here))
         moved.append(ops.stop_gradient(before[label] + step))
     if training:

@@ -201,6 +201,11 @@ class LayerAdapter(Adapter):
     def value(self, tensor: Any, training: bool) -> Any:  # noqa: ARG002
         return self.layer
 
+    @property
+    def metrics(self) -> list[Any]:
+        """None: a model asks layers at any depth, without the metrics of compiled models."""
+        return []
+
     def check_is_alone(self, what: str) -> None:
         """Raise if the layer is a model that a loss is attached to."""
         if any(isinstance(one, Adapter) for one in flat_layers(self.layer)):

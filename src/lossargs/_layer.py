@@ -149,6 +149,11 @@ class LossArgs(keras.Layer):
         for one in losses:
             one.layers.add(self)
 
+    @property
+    def metrics(self) -> list[Any]:
+        """The metrics of this layer. A model asks the layers within it too."""
+        return list(self.logged)
+
     # No properties: Keras looks for weights in the values of all properties.
     def get_losses(self) -> Mapping[BoundLoss, Any]:
         """Return the losses that receive values from this layer, with trees of their adapters."""
