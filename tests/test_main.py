@@ -13,12 +13,13 @@ import pytest
 
 import lossargs
 from helpers import BACKEND
-from lossargs._backends import choice, is_installed, version
+from lossargs._backends import CHOOSE, choice, is_installed, version
 from lossargs._errors import DOCUMENTATION
 from test_site import is_message, sections
 
 SOURCE = Path(lossargs.__file__).parents[1]
 PACKAGES = ("tensorflow", "jax", "torch")
+PACKAGE = "jax" if BACKEND == "numpy" else BACKEND
 
 # Run by each process when it starts; then the packages cannot be found, as if not installed.
 HIDE = """
@@ -106,62 +107,39 @@ def test_a_folder_is_no_backend(monkeypatch, tmp_path):
     assert is_installed("openvino")
 
 
-@pytest.mark.parametrize("backend", [*PACKAGES, "numpy"])
+OTHERS = [name for name in PACKAGES if name != PACKAGE]
+NO_BACKEND = {
+    "torch": ("KERAS_BACKEND", PACKAGES, None, "'torch' is not installed"),
+    "numpy": ("KERAS_BACKEND", PACKAGES, None, "'jax' is not installed"),
+    "pytorch": ("KERAS_BACKEND", PACKAGES, None, "Keras has no such backend. Did you mean 'torch'"),
+    "tensorflow": ("Keras's default", PACKAGES, None, "'tensorflow' is not installed"),
+    OTHERS[0]: ("keras.json", OTHERS, {"backend": OTHERS[0]}, f"{OTHERS[0]!r} is not installed"),
+}
+
+
+@pytest.mark.parametrize("backend", NO_BACKEND)
 def test_no_backend(run, backend):
-    package = "jax" if backend == "numpy" else backend
-    done = run("-m", "lossargs", backend=backend, hidden=PACKAGES)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (
-        f"Keras is to run on '{backend}' (KERAS_BACKEND), and '{package}' is not installed. "
-        f"Backends installed: nothing. Install it: `python -m pip install {package}`.\n"
-    )
-    assert is_message(sections()["ModuleNotFoundError"][0], done.stderr)
-
-
-def test_a_missing_backend_while_another_is_installed(run):
-    installed = "jax" if BACKEND == "numpy" else BACKEND
-    missing = next(name for name in PACKAGES if name != installed)
-    hidden = [name for name in PACKAGES if name != installed]
-    done = run("-m", "lossargs", backend="", hidden=hidden, config={"backend": missing})
-    assert (done.returncode, done.stdout) == (1, "")
-    assert f"Keras is to run on '{missing}' (" in done.stderr
-    assert "keras.json), and" in done.stderr
-    assert f"Backends installed: '{installed}'. Install it: " in done.stderr
-    assert f'before importing Keras, `import os; os.environ["KERAS_BACKEND"] = "{installed}"`.' in (
-        done.stderr
-    )
-
-
-def test_by_default_keras_wants_tensorflow(run):
-    done = run("-m", "lossargs", backend="", hidden=PACKAGES)
-    assert "Keras is to run on 'tensorflow' (" in done.stderr
-    assert done.returncode == 1
-
-
-def test_a_backend_that_keras_does_not_have(run):
-    done = run("-m", "lossargs", backend="pytorch", hidden=PACKAGES)
-    assert done.returncode == 1
-    assert done.stderr == (
-        "Keras has no backend 'pytorch' (KERAS_BACKEND). Did you mean 'torch'? "
-        "Backends installed: nothing. Install one: `python -m pip install jax`.\n"
-    )
-    assert is_message(sections()["ModuleNotFoundError"][1], done.stderr)
-
-
-def test_import_without_a_backend(run):
-    done = run("-c", "import lossargs", backend="torch", hidden=PACKAGES)
+    source, hidden, config, problem = NO_BACKEND[backend]
+    by_environment = backend if source == "KERAS_BACKEND" else ""
+    done = run("-c", "import lossargs", backend=by_environment, hidden=hidden, config=config)
     assert done.returncode == 1
     *_, text, note = done.stderr.splitlines()
-    assert text.startswith("ModuleNotFoundError: Keras is to run on 'torch' (KERAS_BACKEND), and")
+    assert text.startswith(f"ModuleNotFoundError: Keras selects the backend {backend!r} (")
+    assert f"{source}), and {problem}" in text
+    package = {"pytorch": "jax", "numpy": "jax"}.get(backend, backend)
+    found = f"{PACKAGE!r}" if hidden is OTHERS else "nothing"
+    choose = f", or choose one before importing Keras: `{CHOOSE.format(PACKAGE)}`"
+    end = choose if hidden is OTHERS else ""
+    assert text.endswith(
+        f"Backends installed: {found}. Install one: `python -m pip install {package}`{end}."
+    )
     assert note == f"More: {DOCUMENTATION}errors/#modulenotfounderror"
+    assert is_message(sections()["ModuleNotFoundError"][0], text)
+
+
+def test_error_names_the_package(run):
     code = "try: import lossargs\nexcept ModuleNotFoundError as error: print(error.name)"
     assert run("-c", code, backend="torch", hidden=PACKAGES).stdout == "torch\n"
-
-
-def test_another_program_gets_the_error_and_no_exit(run, tmp_path):
-    (tmp_path / "train.py").write_text("import lossargs")
-    done = run("-m", "train", backend="torch", hidden=PACKAGES)
-    assert "Traceback" in done.stderr
 
 
 @pytest.mark.parametrize(

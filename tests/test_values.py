@@ -1,4 +1,4 @@
-"""Values of arguments in configs: written and read back exactly, or refused."""
+"""Values of arguments: converted when bound, written to configs and read back exactly."""
 
 import collections
 import enum
@@ -17,10 +17,10 @@ from losses import composed, described, shifted
 
 def reloaded(loss):
     """The loss after its config went through JSON, as in a model file."""
-    config = keras.losses.serialize(loss)
-    return keras.losses.deserialize(json.loads(json.dumps(config)))
+    return keras.losses.deserialize(json.loads(json.dumps(keras.losses.serialize(loss))))
 
 
+DTYPES = ["bool", "int8", "uint8", "int16", "int32", "int64", "float16", "float32", "float64"]
 VALUES = [
     None,
     True,
@@ -29,10 +29,8 @@ VALUES = [
     float("nan"),
     float("inf"),
     1e-300,
-    2 + 3j,
     "",
     "Größe\n\0",
-    b"\xff\x00",
     [],
     (),
     {},
@@ -41,93 +39,48 @@ VALUES = [
     {0: 1.0, 1: 2.0, (2, None): 3.0},
     {"kind": "tuple", "items": [1]},
     {"class_name": "Dense", "config": {"units": 3}, "module": "keras.layers"},
-    np.float32(0.1),
-    np.int8(-3),
-    np.array([True])[0],
     np.array(3.0),
     np.zeros((0, 3), "float16"),
     np.array([[1.5, np.nan], [-np.inf, -0.0]], ">f4"),
-    np.array(["a", "bcd"]),
-    np.array(["2026-11-23"], "datetime64[D]"),
     np.array([1 + 2j], "complex64"),
     np.asfortranarray(np.arange(6).reshape(2, 3)),
-    np.arange(4).astype(ml_dtypes.bfloat16),
-    np.arange(4).astype(ml_dtypes.float8_e5m2),
-    np.str_("a\0"),
-    np.bytes_(b"a\0"),
+    *(np.array([[0, 1, 2], [3, 4, 5]], dtype) for dtype in DTYPES),
+    keras.activations.relu,
+    composed(main=shifted.options(reduction=None)(3), weight=2),
+    losses.scaled.options(name="late", reduction="sum", dtype="float64")(2),
 ]
 
 
 @pytest.mark.parametrize("value", VALUES, ids=repr)
 def test_value_comes_back_exactly(value):
-    assert reloaded(described(what=value)) == described(what=value)
+    loss = described(what=value)
+    back = reloaded(loss)
+    assert back is loss
+    if isinstance(value, np.ndarray):
+        np.testing.assert_array_equal(back.args["what"], value)
+        assert back.args["what"].dtype == value.dtype.newbyteorder("=")
 
 
 @pytest.mark.parametrize(
-    "dtype", ["bool", "int8", "uint8", "int16", "int32", "int64", "float16", "float32", "float64"]
-)
-def test_arrays_of_every_dtype_come_back(dtype):
-    array = np.array([[0, 1, 2], [3, 4, 5]], dtype)
-    back = reloaded(described(what=array)).args["what"]
-    np.testing.assert_array_equal(back, array)
-    assert back.dtype == array.dtype
-
-
-def test_tensor_is_bound_as_an_array():
-    loss = described(what=keras.ops.convert_to_tensor([1.0, 2.0]))
-    assert loss is described(what=np.array([1.0, 2.0], "float32"))
-    assert reloaded(loss) is loss
-    assert repr(loss) == "described(what=array([1.0, 2.0], float32))"
-    assert repr(described(what=keras.ops.zeros((3, 4)))) == "described(what=<array float32 (3, 4)>)"
-
-
-@pytest.mark.parametrize(
-    ("scalar", "number"),
+    ("given", "kept"),
     [
         (np.float64(0.1), 0.1),
-        (np.float32(0.5), 0.5),
         (ml_dtypes.bfloat16(0.5), 0.5),
         (np.int64(3), 3),
-        (np.uint8(3), 3),
         (np.bool_(True), True),
         (np.complex64(1 + 2j), 1 + 2j),
-        (np.str_("a\0"), "a\0"),
-        (np.bytes_(b"a\0"), b"a\0"),
+        (np.str_("a"), "a"),
+        (np.bytes_(b"a"), b"a"),
+        (np.arange(4).astype(ml_dtypes.bfloat16), np.arange(4).astype("float32")),
+        (np.arange(4).astype(ml_dtypes.float8_e5m2), np.arange(4).astype("float32")),
+        (keras.ops.convert_to_tensor([1.0, 2.0]), np.array([1.0, 2.0], "float32")),
+        (collections.OrderedDict(b=1, a=np.int8(2)), {"b": 1, "a": 2}),
     ],
+    ids=lambda value: type(value).__name__,
 )
-def test_scalars_of_numpy_are_bound_as_those_of_python(scalar, number):
-    assert described(what=[scalar]) is described(what=[number])
-    assert type(described(what=scalar).args["what"]) is type(number)
-
-
-def test_arrays_of_ml_dtypes_are_bound_as_float32():
-    array = np.arange(4).astype(ml_dtypes.bfloat16)
-    assert described(what=array) is described(what=np.arange(4).astype("float32"))
-
-
-def test_loss_as_a_value_comes_back():
-    loss = composed(main=shifted.options(reduction=None)(3), weight=2)
-    assert reloaded(loss) == loss
-
-
-def test_registered_functions_as_values_come_back():
-    assert reloaded(described(what=keras.activations.relu)) == described(
-        what=keras.activations.relu
-    )
-
-
-def test_unknown_function_inside_a_value_tells_its_own_reason():
-    config = composed(main=shifted(3)).get_config()
-    config["args"]["main"]["object"]["config"]["function"] = "gone>shifted"
-    with pytest.raises(SavingError, match="The saved loss uses the function 'gone>shifted'"):
-        type(shifted(3)).from_config(config)
-
-
-def test_text_reaches_the_function_as_it_is():
-    y = np.zeros((2, 1))
-    text = np.array(["a", "b"])
-    assert float(described(what=text)(y, y)) == 0
-    assert described(what=text).args["what"].tolist() == ["a", "b"]
+def test_values_are_converted_when_bound(given, kept):
+    assert described(what=[given]) is described(what=[kept])
+    assert type(described(what=given).args["what"]) is type(kept)
 
 
 @with_args
@@ -148,19 +101,8 @@ def test_a_float_of_numpy_computes_as_one_of_python(kind):
         assert float(value) == pytest.approx(np.exp(-0.5), rel=1e-6)
 
 
-def test_options_come_back():
-    loss = losses.scaled.options(name="late", reduction="sum", dtype="float64")(2)
-    back = reloaded(loss)
-    assert (back.name, back.reduction, back.dtype) == ("late", "sum", "float64")
-    assert back is loss
-
-
 def local_function(x):
     return x
-
-
-class Unregistered:
-    pass
 
 
 def relu(x):
@@ -180,55 +122,31 @@ Pair = collections.namedtuple("Pair", "a b")  # noqa: PYI024
         local_function,
         relu,  # Keras would load its own
         lambda x: x,
-        Unregistered(),
         object(),
         Level.LOW,
         Pair(1, 2),
+        b"bytes",
+        2 + 3j,
         keras.losses.Huber(delta=0.1),  # Keras would lose delta
     ],
 )
 def test_values_that_would_not_load_are_refused_when_saving(value):
     with pytest.raises(SavingError) as error:
         described(what=value).get_config()
-    assert message_of(error.value).startswith("'what' of described() is ")
-    assert "register its class or function with @keras.saving.register" in message_of(error.value)
+    text = message_of(error.value)
+    assert text.startswith("'what' of described() is ")
+    assert "which does not load as it was: " in text
+    assert text.endswith("with @keras.saving.register_keras_serializable().")
 
 
-def test_unsaveable_loss_inside_a_value_tells_its_own_reason():
+def test_an_inner_loss_tells_its_own_reason():
     inner = with_args(lambda t, p: t - p)()
     with pytest.raises(SavingError, match="is a lambda"):
         described(what=[inner]).get_config()
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        {"kind": "function"},
-        {"kind": "function", "name": "system"},
-        {"kind": ["tuple"]},
-        {"no": "kind"},
-        {"kind": "array", "data": "AAAA"},
-        {"kind": "bytes", "data": "not base64!"},
-        {"kind": "complex", "items": [1, 2, 3]},
-        {"kind": "keras", "object": {"module": "os", "class_name": "system", "config": {}}},
-        {"kind": "dict", "items": [[1]]},
-        {"kind": "dict", "items": [[[], 1]]},
-    ],
-    ids=repr,
-)
-def test_damaged_values(value):
-    config = described(what=1).get_config()
-    config["args"]["what"] = value
-    with pytest.raises(SavingError, match="A saved value cannot be read"):
-        type(described()).from_config(config)
-
-
-@pytest.mark.parametrize("key", ["function", "module", "args", "name", "reduction", "dtype"])
-def test_damaged_config(key):
-    config = described(what=1).get_config()
-    del config[key]
-    with pytest.raises(SavingError, match=f"config of a lossargs loss cannot be read: .*{key}"):
-        type(described()).from_config(config)
+    config = composed(main=shifted(3)).get_config()
+    config["args"]["main"]["object"]["config"]["function"] = "gone>shifted"
+    with pytest.raises(SavingError, match="The saved loss uses the function 'gone>shifted'"):
+        type(inner).from_config(config)
 
 
 def encoded(value, encode_live=None):
@@ -247,29 +165,19 @@ def test_live_values_are_written_by_a_hook():
     assert back["z"][0] is back["one"] is one
     assert back["z"][1] == (other, 1)
     assert back["a"]["deep"] is other
-    assert encoded(one, lambda leaf: keepers[id(leaf)]) == {
-        "kind": "live",
-        "object": json.loads(json.dumps(keras.saving.serialize_keras_object(keepers[id(one)]))),
-    }
+    with pytest.raises(SavingError, match="A saved value cannot be read: 'nobody'"):
+        _serialization.decode(config, lambda _: by_name["nobody"])
+    with pytest.raises(SavingError, match="A saved value cannot be read: it cannot have the kind"):
+        _serialization.decode(config)
 
 
 def test_live_values_without_a_hook():
-    variable = keras.Variable(1.0, name="beta")
     with pytest.raises(SavingError) as error:
-        encoded([(variable,)])
+        encoded([(keras.Variable(1.0, name="beta"),)])
     assert message_of(error.value) == (
         "'what' is <trainable variable 'beta'>, which is saved with its model only. Attach the "
         "loss, and save the model: attach(model, loss).save(path)."
     )
-    config = encoded(variable, lambda _: keras.layers.Identity())
-    with pytest.raises(SavingError, match="A saved value cannot be read: it has a live value"):
-        _serialization.decode([config])
-    with pytest.raises(SavingError, match="A saved value cannot be read: no such adapter"):
-        _serialization.decode(config, unknown)
-
-
-def unknown(config):
-    raise LookupError("no such adapter")
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, assert_type
 
-from lossargs import with_args
-from lossargs._factory import LossFactory
-from lossargs._loss import BoundLoss
+from lossargs import BoundLoss, LossFactory, with_args
 
 
 @with_args
