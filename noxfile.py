@@ -53,10 +53,11 @@ assert importlib.metadata.version("lossargs") == lossargs.__version__
 assert pathlib.Path(sys.prefix) in pathlib.Path(lossargs.__file__).parents
 print("trains with", lossargs.__file__, losses)
 """
-QUICK = "not distributed and not nightly"
 # A core and some gigabytes for each process. Those of one file together: the code blocks of a page
 # build on each other, and the tests of a module share what is slow to make.
 PARALLEL = ["--numprocesses=auto", "--maxprocesses=4", "--dist=loadscope"]
+# Tests of what no version of Keras changes.
+ALIKE = ("test_examples.py", "test_isolation.py", "test_main.py", "test_site.py")
 
 each_backend = nox.parametrize(
     "backend", [nox.param(b, id=b, tags=[b]) for b in (*TRAINING_BACKENDS, "numpy")]
@@ -101,7 +102,20 @@ def environment(backend: str) -> dict[str, str]:
 def groups(backend: str) -> list[str]:
     """What the tests on a backend need."""
     # Keras exports from PyTorch by ONNX.
-    return [backend, "test", "examples", "company", *(["onnx"] if backend == "torch" else [])]
+    return [backend, "test", "examples", "integrations", *(["onnx"] if backend == "torch" else [])]
+
+
+def train_mnist(session: nox.Session, backend: str, *options: str) -> None:
+    """Train the MNIST example with both shifts, and show the results there are."""
+    MNIST_RESULTS.mkdir(parents=True, exist_ok=True)
+    for shift in SHIFTS:
+        result = MNIST_RESULTS / f"{backend}-{shift}"
+        session.run(
+            "python", "examples/mnist.py", f"--backend={backend}", f"--shift={shift}",
+            f"--json={result}.json", f"--plot={result}.png", *options,
+            env={"TF_CPP_MIN_LOG_LEVEL": "3"},
+        )  # fmt: skip
+    session.run("python", "examples/mnist_report.py", str(MNIST_RESULTS))
 
 
 @nox.session(tags=["check"])
@@ -163,30 +177,32 @@ def build(session: nox.Session) -> None:
     files = [str(path) for path in Path("dist").iterdir()]
     session.run("twine", "check", "--strict", *files)
     session.run("python", "tests/release.py", *files)
+    clean = Path(session.create_tmp()).resolve() / "clean"
+    shutil.rmtree(clean, ignore_errors=True)
+    session.run("python", "-m", "venv", str(clean))
+    python = str(clean / ("Scripts" if os.name == "nt" else "bin") / "python")
+    pip = [python, "-m", "pip"]
+    jax = nox.project.dependency_groups(PYPROJECT, "jax")
     for file in files:
-        clean = Path(session.create_tmp()).resolve() / "clean"
-        shutil.rmtree(clean, ignore_errors=True)
-        session.run("python", "-m", "venv", str(clean))
-        python = str(clean / ("Scripts" if os.name == "nt" else "bin") / "python")
-        session.run(
-            python, "-m", "pip", "install", "-q", "-c", str(CONSTRAINTS), file,
-            *nox.project.dependency_groups(PYPROJECT, "jax"), external=True,
-        )  # fmt: skip
+        session.run(*pip, "install", "-q", "-c", str(CONSTRAINTS), file, *jax, external=True)
         example = Path("README.md").read_text(encoding="utf-8").split("```python\n")[1]
         program = clean / "example.py"
         program.write_text(f"{example.partition('```')[0]}{FIT}", encoding="utf-8")
         with session.chdir(clean):
             session.run(python, str(program), external=True, env={"KERAS_BACKEND": "jax"})
             session.run(python, "-m", "lossargs", external=True, env={"KERAS_BACKEND": "jax"})
+        session.run(*pip, "uninstall", "-q", "-y", "lossargs", external=True)
 
 
 @nox.session
 @each_backend
 def tests(session: nox.Session, backend: str) -> None:
-    """Run the tests, with the examples of README and docstrings, on one backend."""
+    """Run the tests, the examples of README and docstrings, and MNIST on one backend."""
     install(session, *groups(backend))
-    arguments = session.posargs or [*PARALLEL, "-m", QUICK, "--durations=5"]
+    arguments = session.posargs or [*PARALLEL, "--durations=5"]
     session.run("coverage", "run", "-m", "pytest", *arguments, env=environment(backend))
+    if not session.posargs and backend in TRAINING_BACKENDS:
+        train_mnist(session, backend)
 
 
 @nox.session(default=False)
@@ -212,7 +228,7 @@ def nightly(session: nox.Session, backend: str) -> None:
 @nox.session
 def coverage(session: nox.Session) -> None:
     """Combine what the tests on all backends covered; 100 % is asked for."""
-    install(session, "test", package=False)
+    session.install("-c", str(CONSTRAINTS), "coverage")
     session.run("coverage", "combine")
     session.run("coverage", "report")
 
@@ -223,9 +239,7 @@ def minimums(session: nox.Session) -> None:
     numpy = next(d for d in PYPROJECT["project"]["dependencies"] if d.startswith("numpy"))
     oldest = {"keras": MINIMUM_KERAS, "numpy": f"{numpy.partition('>=')[2]}.*", "ml-dtypes": None}
     install(session, "torch", "test", constraints=other_versions(session, oldest))
-    arguments = session.posargs or [
-        *PARALLEL, "tests", "--ignore=tests/test_mnist.py", "-m", QUICK,
-    ]  # fmt: skip
+    arguments = session.posargs or [*PARALLEL, "tests", *(f"--ignore=tests/{n}" for n in ALIKE)]
     session.run("pytest", *arguments, env=environment("torch"))
 
 
@@ -236,7 +250,7 @@ def newest(session: nox.Session, backend: str) -> None:
     constraints = other_versions(session, {"keras": None})
     install(session, *groups(backend), constraints=constraints)
     session.install("--upgrade", "-c", str(constraints), "keras")  # also if nox reuses this one
-    session.run("pytest", *(session.posargs or [*PARALLEL, "-m", QUICK]), env=environment(backend))
+    session.run("pytest", *(session.posargs or PARALLEL), env=environment(backend))
 
 
 @nox.session(default=False)
@@ -247,7 +261,7 @@ def keras_nightly(session: nox.Session, backend: str) -> None:
     # Two packages with the same files.
     session.run("python", "-m", "pip", "uninstall", "-q", "-y", "keras", "keras-nightly")
     session.install("--pre", "keras-nightly")
-    arguments = session.posargs or [*PARALLEL, "-m", QUICK]
+    arguments = session.posargs or PARALLEL
     names = ["--noconftest", "-q", "tests/test_keras_private.py"]  # without lossargs
     failed = []
     for chosen in (names, arguments):
@@ -265,31 +279,16 @@ def keras_nightly(session: nox.Session, backend: str) -> None:
 @nox.session(python=nox.project.python_versions(PYPROJECT), default=False)
 def pythons(session: nox.Session) -> None:
     """Run the tests on one version of Python, on JAX; skipped where that Python is not found."""
-    install(session, "jax", "test", "examples", "company")
-    session.run("pytest", *(session.posargs or [*PARALLEL, "-m", QUICK]), env=environment("jax"))
+    install(session, "jax", "test", "examples", "integrations")
+    session.run("pytest", *(session.posargs or PARALLEL), env=environment("jax"))
 
 
-@nox.session
+@nox.session(default=False)  # `tests` ends with it
 @each_training_backend
 def mnist(session: nox.Session, backend: str) -> None:
     """Train the MNIST example with two shifts on one backend; `-- --data full` for all digits."""
     install(session, backend, "examples")
-    MNIST_RESULTS.mkdir(parents=True, exist_ok=True)
-    for shift in SHIFTS:
-        result = MNIST_RESULTS / f"{backend}-{shift}"
-        session.run(
-            "python", "examples/mnist.py", f"--backend={backend}", f"--shift={shift}",
-            f"--json={result}.json", f"--plot={result}.png", *session.posargs,
-            env={"TF_CPP_MIN_LOG_LEVEL": "3"},
-        )  # fmt: skip
-    session.notify("mnist_report", posargs=[])
-
-
-@nox.session(default=False)  # `mnist` ends with it
-def mnist_report(session: nox.Session) -> None:
-    """Show the MNIST results of all backends; `-- --readme` writes them into the README."""
-    install(session, "examples", package=False)
-    session.run("python", "examples/mnist_report.py", str(MNIST_RESULTS), *session.posargs)
+    train_mnist(session, backend, *session.posargs)
 
 
 @nox.session(default=False)  # the tests run some of them, for a moment
@@ -321,10 +320,3 @@ def bench(session: nox.Session, backend: str) -> None:
             f"--json={BENCH_RESULTS / f'{name}-{backend}.json'}", *session.posargs,
             env={"TF_CPP_MIN_LOG_LEVEL": "3"},
         )  # fmt: skip
-
-
-@nox.session(default=False)
-def bench_report(session: nox.Session) -> None:
-    """Write what `bench` measured into benchmarks/README.md, README.md and a picture."""
-    install(session, "examples", package=False)
-    session.run("python", "benchmarks/report.py", str(BENCH_RESULTS))

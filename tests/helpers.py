@@ -1,5 +1,7 @@
 """What several test modules use."""
 
+import collections
+import gc
 import os
 import subprocess
 import sys
@@ -8,7 +10,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from lossargs import LossArgsError
+from lossargs import LossArgs, LossArgsError, attach
 
 BACKEND = keras.backend.backend()
 KERAS = tuple(int(part) for part in keras.__version__.split(".")[:2])
@@ -55,6 +57,50 @@ def gradient(function: object, value: np.ndarray) -> np.ndarray:
 def message_of(error: LossArgsError) -> str:
     """The text of an error, on one line."""
     return " ".join(str(error).split())
+
+
+def fixed(value: object = 1.0, name: str = "shift", **options: object) -> keras.Variable:
+    """Return a variable that is not trained."""
+    return keras.Variable(value, trainable=False, name=name, **options)
+
+
+def step_itself() -> keras.optimizers.schedules.LearningRateSchedule:
+    """Return a schedule whose value is the step."""
+    return keras.optimizers.schedules.PolynomialDecay(0.0, 100, 100.0)
+
+
+def attached(
+    loss: object, model: object = None, rate: float = 0.0, track: object = (), **options: object
+) -> keras.Model:
+    """Return the model attached to the loss and compiled with it; a rate of 0 changes nothing."""
+    model = attach(linear_model() if model is None else model, loss, track=track)
+    model.compile(keras.optimizers.SGD(rate), loss=loss, **options)
+    return model
+
+
+def logs_of(model: keras.Model, x: object, y: object, **options: object) -> dict[str, float]:
+    """Return the logs of `evaluate`."""
+    return model.evaluate(x, y, verbose=0, return_dict=True, **options)
+
+
+def error_of(data: object) -> float:
+    """Return the mean squared error of `linear_model`."""
+    return float(np.mean((data.y - predictions(data.x)) ** 2))
+
+
+def layer_of(model: keras.Model) -> LossArgs:
+    """Return the one `LossArgs` layer of a model."""
+    (layer,) = [layer for layer in model.layers if isinstance(layer, LossArgs)]
+    return layer
+
+
+def objects_of_lossargs() -> collections.Counter:
+    """Count the objects in memory whose classes the package defines."""
+    gc.collect()
+    classes = (type(one) for one in gc.get_objects())
+    return collections.Counter(
+        cls.__name__ for cls in classes if str(cls.__module__).startswith("lossargs.")
+    )
 
 
 def values_on_tensors() -> dict[int, object]:

@@ -1,11 +1,10 @@
-"""A training that is killed, and goes on when started again; run by `test_kill.py`.
+"""A training that is killed, and one that continues it; run by `test_kill.py`.
 
     python killed.py FOLDER WAY [WAY ...] [--kill-after STEP]
 
-It saves by each of these ways, and goes on with what the first of them saved: Keras's
-`BackupAndRestore`, or `ModelCheckpoint` with whole models or with weights only. Writes the logs of
-each step that this process made to `FOLDER/steps.jsonl`, and what there is at the end to
-`FOLDER/result.json`.
+It saves in each of these ways: by Keras's `BackupAndRestore`, or by `ModelCheckpoint` with whole
+models or with weights only. Writes the logs of each step to `FOLDER/steps.jsonl`, and what there is
+at the end to `FOLDER/result.json`.
 """
 
 import argparse
@@ -112,24 +111,25 @@ def saving(way, folder):
 
 
 def newest(folder, load):
-    """What is loaded of the newest file that can be read, and the epoch to go on with."""
+    """What is loaded of the newest file that can be read, the epoch after it, and damaged files."""
+    damaged = []
     for file in sorted(folder.glob("*"), reverse=True):
         try:
-            return load(file), int(file.name.partition(".")[0])
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            print(f"{file.name} is damaged: {error}")  # noqa: T201
-    return None, 0
+            return load(file), int(file.name.partition(".")[0]), damaged
+        except (OSError, ValueError, zipfile.BadZipFile):
+            damaged.append(file.name)
+    return None, 0, damaged
 
 
 def found(way, folder):
-    """The model as it was saved in this way, or a new one, and the epoch to go on with."""
+    """The model as it was saved, or a new one, the epoch to continue with, and damaged files."""
     if way == "model":
-        model, epoch = newest(folder, keras.saving.load_model)
-        return model or make_model(), epoch
+        model, *rest = newest(folder, keras.saving.load_model)
+        return model or make_model(), *rest
     model = make_model()
     if way == "weights":
-        return model, newest(folder, model.load_weights)[1]
-    return model, 0  # Keras finds it out by itself
+        return model, *newest(folder, model.load_weights)[1:]
+    return model, 0, []  # the callback finds the epoch
 
 
 def train(model, epoch, folder, callbacks=(), **kill_at):
@@ -162,9 +162,8 @@ def main():
     options = vars(parser.parse_args())
     folder, ways = options.pop("folder"), options.pop("ways")
     for way in ways:
-        (folder / way).mkdir(exist_ok=True)
-    model, epoch = found(ways[0], folder / ways[0])
-    train(model, epoch, folder, [saving(way, folder / way) for way in ways], **options)
+        (folder / way).mkdir()
+    train(make_model(), 0, folder, [saving(way, folder / way) for way in ways], **options)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,17 @@ import numpy as np
 import pytest
 from keras import ops
 
-from helpers import BACKEND, KERAS, linear_model, message_of, predictions
+from helpers import BACKEND, attached, fixed, linear_model, message_of, predictions
 from lossargs import ArgumentError, BatchError, with_args
 from losses import masked, scaled, shifted
+
+each = pytest.mark.parametrize
 
 
 def masked_mse(data, rows=slice(None)):
     """The mean of `masked` over these rows, by NumPy."""
     error = np.square(data.y - predictions(data.x)) * data.mask
-    return error.mean(axis=-1)[rows].mean()
+    return pytest.approx(error.mean(axis=-1)[rows].mean(), rel=1e-5)
 
 
 def compiled(loss, **options):
@@ -22,41 +24,37 @@ def compiled(loss, **options):
     return model
 
 
+def evaluated(loss, data, batch, **options):
+    return compiled(loss, **options).evaluate(data.x, data.y, sample_weight=batch, verbose=0)
+
+
 def test_arrays(data):
     model, batch = compiled(masked()), {"mask": data.mask}
-    expected = pytest.approx(masked_mse(data), rel=1e-5)
-    assert model.evaluate(data.x, data.y, sample_weight=batch, verbose=0) == expected
-    assert model.test_on_batch(data.x, data.y, sample_weight=batch) == expected
+    assert model.evaluate(data.x, data.y, sample_weight=batch, verbose=0) == masked_mse(data)
+    assert model.test_on_batch(data.x, data.y, sample_weight=batch) == masked_mse(data)
     assert model.predict(data.x, verbose=0).shape == (12, 2)
-
-
-@pytest.mark.fit
-def test_train_on_batch(data):
-    model = compiled(masked())
-    loss = model.train_on_batch(data.x, data.y, sample_weight={"mask": data.mask})
-    assert loss == pytest.approx(masked_mse(data), rel=1e-5)
+    # One row is for all samples.
+    row = np.array([[0.5, 2.0]], "float32")
+    model.reset_metrics()
+    expected = evaluated(masked(), data, {"mask": np.ones((12, 1), "float32") * row})
+    assert model.test_on_batch(data.x, data.y, sample_weight={"mask": row}) == pytest.approx(
+        expected
+    )
 
 
 @pytest.mark.fit
 def test_arrays_with_validation_data_and_split(data):
-    batch = {"mask": data.mask}
-    history = compiled(masked()).fit(
-        data.x,
-        data.y,
-        sample_weight=batch,
-        batch_size=4,
-        validation_data=(data.x[:8], data.y[:8], {"mask": data.mask[:8]}),
-        verbose=0,
-    )
-    assert history.history["loss"][0] == pytest.approx(masked_mse(data), rel=1e-5)
-    expected = masked_mse(data, slice(8))
-    assert history.history["val_loss"][0] == pytest.approx(expected, rel=1e-5)
-
-    history = compiled(masked()).fit(
-        data.x, data.y, sample_weight=batch, validation_split=0.25, verbose=0
-    )
-    expected = masked_mse(data, slice(9, 12))
-    assert history.history["val_loss"][0] == pytest.approx(expected, rel=1e-5)
+    model, batch = compiled(masked()), {"mask": data.mask}
+    assert model.train_on_batch(data.x, data.y, sample_weight=batch) == masked_mse(data)
+    options = {"sample_weight": batch, "batch_size": 4, "verbose": 0}
+    validation = (data.x[:8], data.y[:8], {"mask": data.mask[:8]})
+    history = model.fit(data.x, data.y, validation_data=validation, **options).history
+    assert history["loss"][0] == masked_mse(data)
+    assert history["val_loss"][0] == masked_mse(data, slice(8))
+    history = model.fit(data.x, data.y, validation_split=0.25, **options).history
+    assert history["val_loss"][0] == masked_mse(data, slice(9, 12))
+    with pytest.raises(ArgumentError, match="also for validation"):
+        model.fit(data.x, data.y, validation_data=(data.x, data.y), **options)
 
 
 class Batches(keras.utils.PyDataset):
@@ -74,8 +72,7 @@ class Batches(keras.utils.PyDataset):
 
 def generator(data):
     while True:
-        dataset = Batches(data)
-        yield from (dataset[index] for index in range(len(dataset)))
+        yield from (Batches(data)[index] for index in range(3))
 
 
 def tf_dataset(data):
@@ -97,96 +94,67 @@ def torch_loader(data):
 
 
 SOURCES = [Batches, generator]
-SOURCES += [tf_dataset] if BACKEND in ("tensorflow", "numpy") else []
+SOURCES += [tf_dataset] if BACKEND == "tensorflow" else []
 SOURCES += [torch_loader] if BACKEND == "torch" else []
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@each("source", SOURCES)
 def test_other_sources(data, source):
-    loss = compiled(masked()).evaluate(source(data), steps=3, verbose=0)
-    assert loss == pytest.approx(masked_mse(data), rel=1e-5)
-
-
-@pytest.mark.fit
-@pytest.mark.parametrize("source", SOURCES)
-def test_training_on_other_sources(data, source):
-    history = compiled(masked()).fit(
+    model = compiled(masked())
+    assert model.evaluate(source(data), steps=3, verbose=0) == masked_mse(data)
+    if BACKEND == "numpy":
+        return
+    history = model.fit(
         source(data),
         steps_per_epoch=3,
         validation_data=source(data),
         validation_steps=3,
         shuffle=False,  # Keras would warn that it cannot
         verbose=0,
-    )
-    assert history.history["loss"][0] == pytest.approx(masked_mse(data), rel=1e-5)
-    assert history.history["val_loss"][0] == pytest.approx(masked_mse(data), rel=1e-5)
-
-
-@pytest.mark.fit
-@pytest.mark.filterwarnings("ignore")  # torch.compile warns of much inside Keras
-@pytest.mark.parametrize("options", [{"jit_compile": True}, {"run_eagerly": True}], ids=str)
-@pytest.mark.skipif(
-    BACKEND == "torch" and KERAS < (3, 12), reason="torch.compile fails on this Keras, on any loss"
-)
-def test_compiled_and_eager(data, options):
-    model = compiled(masked(), **options)
-    loss = model.train_on_batch(data.x, data.y, sample_weight={"mask": data.mask})
-    assert loss == pytest.approx(masked_mse(data), rel=1e-5)
+    ).history
+    assert [history["loss"][0], history["val_loss"][0]] == [masked_mse(data)] * 2
 
 
 @pytest.mark.fit
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras has one step per execution on torch")
 def test_several_steps_per_execution(data):
-    model = compiled(masked(), steps_per_execution=3)
-    history = model.fit(Batches(data), verbose=0)
-    assert history.history["loss"][0] == pytest.approx(masked_mse(data), rel=1e-5)
+    history = compiled(masked(), steps_per_execution=3).fit(Batches(data), verbose=0).history
+    assert history["loss"][0] == masked_mse(data)
 
 
 def test_sample_weight_in_the_dict_is_the_ordinary_one(data):
-    batch = {"mask": data.mask, "sample_weight": data.weight}
     error = (np.square(data.y - predictions(data.x)) * data.mask).mean(axis=-1)
-    loss = compiled(masked()).evaluate(data.x, data.y, sample_weight=batch, verbose=0)
-    assert loss == pytest.approx((error * data.weight).mean(), rel=1e-5)
+    value = evaluated(masked(), data, {"mask": data.mask, "sample_weight": data.weight})
+    assert value == pytest.approx((error * data.weight).mean(), rel=1e-5)
     alone = {"sample_weight": data.weight}
-    values = [
-        compiled(shifted(1)).evaluate(data.x, data.y, sample_weight=weight, verbose=0)
-        for weight in (alone, data.weight)
-    ]
-    assert values[0] == values[1]
+    options = {"weighted_metrics": ["mae"]}
+    assert evaluated(shifted(1), data, alone, **options) == evaluated(
+        shifted(1), data, data.weight, **options
+    )
 
 
-@pytest.mark.parametrize(
-    ("array", "expected"),
-    [
-        (np.ones((12, 2), "bool"), "bool"),
-        (np.ones((12, 2), "int32"), "int32"),
-        (np.ones((12, 2), "uint8"), "uint8"),
-        (np.ones((12, 2), "float32"), "float32"),
-        (np.ones((12, 2), "float64"), "float32"),
-        (np.ones((12, 2), "float16"), "float32"),
-    ],
-    ids=lambda value: str(getattr(value, "dtype", "")),
-)
-def test_dtypes(data, array, expected):
-    seen = set()
+def test_dtypes(data):
+    seen = {}
 
     @with_args
-    def watching(y_true, y_pred, *, mask):
-        assert ops.is_tensor(mask)
-        seen.add(keras.backend.standardize_dtype(mask.dtype))
+    def watching(y_true, y_pred, **entries):
+        for name, value in entries.items():
+            assert ops.is_tensor(value)
+            seen.setdefault(name, set()).add(keras.backend.standardize_dtype(value.dtype))
         return keras.losses.mean_squared_error(y_true, y_pred)
 
+    names = ["bool", "int32", "uint8", "float16", "float32", "float64"]
+    batch = {name: np.ones((12, 2), name) for name in names}
     model = compiled(watching())
-    model.evaluate(data.x, data.y, sample_weight={"mask": array}, verbose=0)
-    model.test_on_batch(data.x, data.y, sample_weight={"mask": array})
-    assert seen == {expected}
+    model.evaluate(data.x, data.y, sample_weight=batch, verbose=0)
+    model.test_on_batch(data.x, data.y, sample_weight=batch)
+    assert seen == {name: {"float32" if "float" in name else name} for name in names}
 
 
 def test_batch_comes_before_the_bound_value_and_the_default(data):
-    plain = compiled(scaled()).evaluate(data.x, data.y, verbose=0)
-    batch = {"scale": np.full(12, 3.0)}
+    plain = evaluated(scaled(), data, None)
     for loss in (scaled(), scaled(2)):
-        value = compiled(loss).evaluate(data.x, data.y, sample_weight=batch, verbose=0)
+        value = evaluated(loss, data, {"scale": np.full(12, 3.0)})
         assert value == pytest.approx(3 * plain, rel=1e-5)
 
 
@@ -196,31 +164,38 @@ def test_outputs_with_a_batch_each(data):
     kernel = np.linspace(-1, 1, 6, dtype="float32").reshape(3, 2)
     model.set_weights([kernel, np.zeros(2), kernel, np.zeros(2)])
     model.compile(loss={"a": masked(), "b": shifted(1)})
-    logs = model.test_on_batch(
-        data.x,
-        {"a": data.y, "b": data.y},
-        sample_weight={"a": {"mask": data.mask}, "b": data.weight},
-        return_dict=True,
-    )
-    assert logs["a_loss"] == pytest.approx(masked_mse(data), rel=1e-5)
-
-
-@pytest.mark.parametrize("given", [None, np.ones(12)], ids=["nothing", "weights"])
-def test_nothing_in_the_batch(data, given):
-    with pytest.raises(ArgumentError, match="masked needs a value for 'mask'"):
-        compiled(masked()).evaluate(data.x, data.y, sample_weight=given, verbose=0)
+    batch = {"a": {"mask": data.mask}, "b": data.weight}
+    y = {"a": data.y, "b": data.y}
+    logs = model.test_on_batch(data.x, y, sample_weight=batch, return_dict=True)
+    assert logs["a_loss"] == masked_mse(data)
 
 
 @pytest.mark.fit
-def test_validation_data_without_the_batch(data):
-    with pytest.raises(ArgumentError, match="also for validation and evaluate"):
-        compiled(masked()).fit(
-            data.x,
-            data.y,
-            sample_weight={"mask": data.mask},
-            validation_data=(data.x, data.y),
-            verbose=0,
-        )
+def test_no_targets():
+    @with_args
+    def energy(y_true, y_pred, scale):
+        assert y_true is None
+        return scale * ops.mean(y_pred**2, axis=-1)
+
+    x, weight = np.ones((8, 3), "float32"), np.arange(8, dtype="float32")
+    network = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model = attached(energy(fixed(2.0)), network, track=[energy.options(name="other")(4.0)])
+    expected = 2 * model.predict(x, verbose=0)[:, 0] ** 2
+    history = model.fit(x, validation_data=(x,), verbose=0).history
+    assert [*history["loss"], *history["val_loss"]] == pytest.approx([np.mean(expected)] * 2)
+    assert history["other"] == pytest.approx([2 * np.mean(expected)])
+    batches = ((x, None, {"sample_weight": weight}) for _ in range(2))
+    history = model.fit(batches, steps_per_epoch=2, shuffle=False, verbose=0).history
+    assert history["loss"] == pytest.approx([np.mean(weight * expected)])
+
+
+# ---- Errors ----
+
+
+@each("given", [None, np.ones(12)], ids=["nothing", "weights"])
+def test_nothing_in_the_batch(data, given):
+    with pytest.raises(ArgumentError, match="masked needs a value for 'mask'"):
+        evaluated(masked(), data, given)
 
 
 @pytest.mark.fit
@@ -228,50 +203,22 @@ def test_after_an_error_the_next_fit_works(data):
     model = compiled(masked())
     with pytest.raises(BatchError, match="'maks'.*Did you mean 'mask'"):
         model.fit(data.x, data.y, sample_weight={"maks": data.mask}, verbose=0)
-    history = model.fit(data.x, data.y, sample_weight={"mask": data.mask}, verbose=0)
-    assert history.history["loss"][0] == pytest.approx(masked_mse(data), rel=1e-5)
-
-
-def test_factory_given_to_compile_without_calling_it(data):
-    def two(y_true, y_pred, a, b):
-        return y_true - y_pred + a + b
-
-    for factory in (shifted, scaled, with_args(two)):
-        with pytest.raises(ArgumentError) as error:
-            compiled(factory).evaluate(data.x, data.y, verbose=0)
-        assert "call it: loss=" in message_of(error.value)
+    history = model.fit(data.x, data.y, sample_weight={"mask": data.mask}, verbose=0).history
+    assert history["loss"][0] == masked_mse(data)
 
 
 @pytest.mark.fit
-@pytest.mark.parametrize("run_eagerly", [False, True])
+@each("run_eagerly", [False, True])
 def test_weighted_metrics_that_would_take_a_wrong_weight(data, run_eagerly):
     model = compiled(masked(), weighted_metrics=["mae"], run_eagerly=run_eagerly)
+    batch = {"mask": data.mask[:, 0], "sample_weight": data.weight}
     with pytest.raises(BatchError) as error:
-        model.fit(
-            data.x,
-            data.y,
-            sample_weight={"mask": data.mask[:, 0], "sample_weight": data.weight},
-            verbose=0,
-        )
+        model.fit(data.x, data.y, sample_weight=batch, verbose=0)
     text = message_of(error.value)
-    assert text.startswith("weighted_metrics=['mae'] would be weighted by the batch entry 'mask'")
-    assert text.endswith("Give these metrics as metrics=[...], without weights.")
-
-
-def test_weighted_metrics_after_they_were_built(data):
-    model = compiled(scaled(), weighted_metrics=["mae"])
-    model.evaluate(data.x, data.y, verbose=0)
-    with pytest.raises(
-        BatchError, match=r"weighted_metrics=\['mae'\] would be weighted by .*'scale'"
-    ):
+    assert "weighted_metrics=['mae']" in text
+    assert "'mask'" in text
+    assert "metrics=[...]" in text
+    model = compiled(scaled(), weighted_metrics=["mae"], run_eagerly=run_eagerly)
+    model.evaluate(data.x, data.y, verbose=0)  # builds the metrics
+    with pytest.raises(BatchError, match=r"weighted_metrics=\['mae'\].*'scale'"):
         model.evaluate(data.x, data.y, sample_weight={"scale": data.weight}, verbose=0)
-
-
-@pytest.mark.fit
-def test_weighted_metrics_with_weights_only(data):
-    model = compiled(shifted(1), weighted_metrics=["mae"])
-    logs = [
-        model.evaluate(data.x, data.y, sample_weight=weight, verbose=0, return_dict=True)["mae"]
-        for weight in ({"sample_weight": data.weight}, data.weight)
-    ]
-    assert logs[0] == logs[1]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from test_vae import BACKEND, SCRIPT, run
+from test_examples import BACKEND, run
 
 pytestmark = pytest.mark.fit
 
@@ -12,10 +12,8 @@ pytestmark = pytest.mark.fit
 def finished(name, epochs, folder):
     """What a short run writes, prints and exits with."""
     files = ["--json", folder / "run.json", "--plot", folder / "run.png"]
-    script = SCRIPT.with_name(f"{name}.py")
-    result = run(
-        "--backend", BACKEND, "--epochs", str(epochs), "--seed", "3", *files, script=script
-    )
+    options = ["--backend", BACKEND, "--epochs", str(epochs), "--seed", "3"]
+    result = run(f"{name}.py", *options, *files)
     assert (folder / "run.png").read_bytes().startswith(b"\x89PNG")
     return json.loads((folder / "run.json").read_text(encoding="utf-8")), result
 

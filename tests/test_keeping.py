@@ -1,4 +1,4 @@
-"""What attach, detach, saving and copying keep, and what a loss makes of batches and targets."""
+"""What attach, detach, saving and copying keep of a model."""
 
 import copy
 import functools
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from helpers import BACKEND, KERAS
-from lossargs import Adapter, LossArgs, LossArgsError, attach, detach, with_args
+from helpers import BACKEND, KERAS, fixed, layer_of, logs_of
+from lossargs import Adapter, AttachError, LossArgs, LossArgsError, attach, detach, with_args
 from losses import composed, masked, scaled, shifted
 
 pytestmark = [
@@ -18,22 +18,19 @@ pytestmark = [
     pytest.mark.skipif(KERAS < (3, 15), reason="older Keras keeps less of a model"),
 ]
 register = keras.saving.register_keras_serializable("keeping")
+each = pytest.mark.parametrize
 X, Y = np.ones((8, 3), "float32"), np.zeros((8, 1), "float32")
 YY = {"p": Y, "q": Y}
-Dense = keras.layers.Dense
-mse = keras.losses.mean_squared_error
 huber = with_args(keras.losses.huber)
-energy = with_args(lambda y, p, k: k * ops.mean(p**2, axis=-1) if y is None else None)
-constant = functools.partial(keras.Variable, trainable=False)
-close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
-# Schedules whose value is the step.
+Dense = functools.partial(keras.layers.Dense, kernel_initializer="zeros")
+# A schedule whose value is the step; piecewise, so that loaded ones have equal configs.
 PIECES = {"boundaries": list(range(16)), "values": [float(step) for step in range(17)]}
 steps = functools.partial(keras.optimizers.schedules.PiecewiseConstantDecay, **PIECES)
 
 
 @with_args
 def penalized(y_true, y_pred, weight):
-    return mse(y_true, y_pred) + ops.sum(weight**2)
+    return keras.losses.mean_squared_error(y_true, y_pred) + ops.sum(weight**2)
 
 
 @register
@@ -69,7 +66,7 @@ class Own(keras.Model):
 class Holder(keras.Model):
     def __init__(self, loss=None, **kwargs):
         super().__init__(**kwargs)
-        self.dense = Dense(1, kernel_initializer="zeros")
+        self.dense = Dense(1)
         self.dense.build((None, 3))
         self.loss_args = LossArgs(loss or penalized(self.dense.kernel))
         self.given = loss
@@ -87,16 +84,17 @@ class Holder(keras.Model):
 
 def functional(cls=keras.Model, units=1, names=""):
     x = keras.Input((3,))
-    outputs = [Dense(units, kernel_initializer="zeros")(x) for _ in names or "y"]
+    outputs = [Dense(units)(x) for _ in names or "y"]
     return cls(x, dict(zip(names, outputs, strict=True)) if names else outputs[0])
 
 
 def sequential(units=1):
-    return keras.Sequential([keras.Input((3,)), Dense(units, kernel_initializer="zeros")])
+    return keras.Sequential([keras.Input((3,)), Dense(units)])
 
 
 def compiled(model, loss, rate=0.0):
-    model.compile(keras.optimizers.SGD(rate), loss=loss)
+    # What a model keeps does not depend on compilation, which takes most of the time.
+    model.compile(keras.optimizers.SGD(rate), loss=loss, run_eagerly=True)
     return model
 
 
@@ -106,25 +104,21 @@ def trained(model, loss, x=X, y=Y, rate=0.0):
 
 
 def logs(model, x=X, y=Y, **options):
-    return model.evaluate(x, y, batch_size=8, verbose=0, return_dict=True, **options)
-
-
-def loss_of(model):
-    return next(one for one in model.layers if isinstance(one, LossArgs)).loss
+    return logs_of(model, x, y, batch_size=8, **options)
 
 
 @pytest.fixture
 def reload(tmp_path):
-    def reload(model, name="model.keras"):
-        model.save(tmp_path / name)
-        return keras.saving.load_model(tmp_path / name)
+    def reload(model):
+        model.save(tmp_path / "model.keras")
+        return keras.saving.load_model(tmp_path / "model.keras")
 
     return reload
 
 
 def test_own_parts():
     model, loss = trained(functional(Own), "mse", rate=0.1), shifted(steps())
-    model._note = "kept"
+    model._note, model.supports_jit, model.autocast = "kept", False, False
     attached = attach(model, loss)
     assert (attached.compiled, len(attached.weights)) == (False, len(model.weights) + 1)
     trained(attached, loss)
@@ -132,44 +126,25 @@ def test_own_parts():
     for one in (attached, detached):
         assert (type(one), one.own, one._note) == (type(model), model.own, "kept")
         assert (one.blocks[0], one.table["a"]) == (model.blocks[0], model.table["a"])
+        assert (one.supports_jit, one.autocast) == (False, False)
         assert one.trained
         assert one.mean in one.metrics
     assert [w.path for w in detached.weights] == [w.path for w in model.weights]
     assert logs(compiled(attach(detached, loss), loss))["shift"] == 4
+    if BACKEND == "torch":  # for optimizers of PyTorch
+        parameters = {id(parameter) for parameter in attached.parameters()}
+        assert parameters >= {id(w.value) for w in attached.trainable_weights}
 
 
-@pytest.mark.parametrize("name", ["supports_jit", "autocast"])
-def test_own_flags(name):
-    model = functional(Own)
-    setattr(model, name, False)
-    attached = attach(model, shifted(constant(1.0)))
-
-    assert (getattr(attached, name), getattr(detach(attached), name)) == (False, False)
-
-
-@pytest.mark.skipif(BACKEND != "torch", reason="parameters of PyTorch")
-def test_parameters_of_own_loops():
-    model = attach(functional(Own), shifted(constant(1.0)))
-    known = {id(parameter) for parameter in model.parameters()}
-
-    assert [w.path for w in model.trainable_weights if id(w.value) not in known] == []
-
-
-def test_attached_layer_of_a_sequential_model():
-    model = keras.Sequential([keras.Input((3,)), attach(functional(), shifted(steps()))])
-    with pytest.raises(LossArgsError, match="Detach"):
-        detach(model)
-
-
-@pytest.mark.parametrize("cls", [keras.Model, register(type("Sub", (keras.Model,), {}))])
-@pytest.mark.parametrize("kind", [None, "list of one", list, tuple, dict])
+@each("cls", [keras.Model, register(type("Sub", (keras.Model,), {}))])
+@each("kind", [None, "list of one", list, tuple, dict])
 def test_output_names(kind, cls, reload):
     x = keras.Input((3,))
     a, b = Dense(1, name="a")(x), Dense(1, name="b")(x)
     outputs = {None: a, "list of one": [a], list: [a, b], tuple: (a, b), dict: {"p": a, "q": b}}
     model = cls(x, outputs[kind])
     names = ["p", "q"] if kind is dict else list(model.output_names)
-    losses = {name: shifted.options(name=name * 2)(constant(2.0)) for name in names}
+    losses = {name: shifted.options(name=name * 2)(fixed(2.0)) for name in names}
     attached = compiled(attach(model, losses if kind else losses["a"]), losses)
     y = keras.tree.map_structure(lambda _: Y, model.output)
     want = logs(attached, X, y)
@@ -180,45 +155,48 @@ def test_output_names(kind, cls, reload):
             reload(attached)
         return
     if cls is not keras.Model and kind is None:  # the name is not in the logs
-        losses = losses["a"]
-        compiled(attached, losses)
-
+        compiled(attached, losses["a"])
     loaded = reload(reload(attached))
     assert logs(loaded, X, y) == want
     assert detach(loaded).output_names == model.output_names
 
 
-LOSSES = [lambda: shifted(keras.Variable(2.0)), lambda: shifted(steps()), lambda: shifted(Count())]
-AGAIN = [
-    lambda model, loss, other: attach(detach(attach(detach(detach(model)), loss)), loss),
-    lambda model, loss, other: attach(model, composed(main=loss)),
-    lambda model, loss, other: attach(attach(model, other), loss),
-    lambda model, loss, other: attach(detach(attach(detach(model), other)), loss),
-]
+LOSSES = {
+    "variable": lambda: shifted(keras.Variable(2.0)),
+    "schedule": lambda: shifted(steps()),
+    "adapter": lambda: shifted(Count()),
+}
+each_loss = each("loss", LOSSES.values(), ids=LOSSES)
 
 
-@pytest.mark.parametrize("again", AGAIN)
-@pytest.mark.parametrize("loss", LOSSES[1:])
-def test_positions(loss, again, reload):
+@each("loss", [LOSSES["schedule"], LOSSES["adapter"]])
+def test_positions(loss, reload):
     loss = loss()
     model = trained(attach(sequential(), loss), loss)
     loaded = reload(reload(model))
-    for one in (again(model, loss, huber(constant(1.0))), again(loaded, loss_of(loaded), huber())):
-        assert logs(compiled(one, loss_of(one)))["loss"] == 4
+    for one, other in ((model, huber(fixed())), (loaded, huber())):
+        loss = layer_of(one).loss
+        for again in (
+            attach(detach(attach(detach(detach(one)), loss)), loss),
+            attach(one, composed(main=loss)),
+            attach(attach(one, other), loss),
+            attach(detach(attach(detach(one), other)), loss),
+        ):
+            assert logs(compiled(again, layer_of(again).loss))["loss"] == 4
 
 
 def test_one_schedule_in_a_second_loss(reload):
-    losses = {"p": shifted(schedule := steps()), "q": scaled(schedule)}
+    schedule = steps()
+    losses = {"p": shifted(schedule), "q": scaled(schedule)}
     model = attach(functional(names="pq"), {"p": losses["p"]})
     trained(model, {"p": losses["p"], "q": "mse"}, X, YY)
     model = trained(attach(model, losses), losses, X, YY)
     assert logs(model, X, YY)["p_loss"] == 8
-
     assert logs(reload(model), X, YY)["p_loss"] == 8
 
 
 def test_bound_loss_replaced_by_a_plain_one():
-    first = {"p": shifted(constant(1.0)), "q": huber(constant(2.0))}
+    first = {"p": shifted(fixed()), "q": huber(fixed(2.0))}
     second = {**first, "q": "mse"}
     model = compiled(attach(attach(functional(names="pq"), first), second), second)
     assert logs(model, X, YY)["loss"] == 1
@@ -233,54 +211,58 @@ def weight_of(kind):
     return model, model.own if kind == "own" else layer.weights[0]
 
 
-@pytest.mark.parametrize("kind", ["Functional", "Sequential", "shared", "embedding", "own"])
+@each("kind", ["Functional", "Sequential", "shared", "embedding", "own"])
 def test_weight_as_argument(kind, reload):
     model, weight = weight_of(kind)
-    loss = composed(main=penalized(weight), weight=constant(0.5))
+    weight.assign(0.5 * ops.ones(weight.shape))
+    loss = composed(main=penalized(weight), weight=fixed(0.5))
     model = trained(attach(model, loss), loss, rate=0.05)
     if kind == "own":
         with pytest.raises(LossArgsError, match="is a weight of the model itself"):
             reload(model)
         return
+    with pytest.raises(LossArgsError, match="'weight' of .* is a weight of the layer"):
+        keras.models.clone_model(model)
     loaded = reload(reload(model))
-    assert len(loaded.weights) == len(model.weights)
-    loss = loss_of(loaded)
+    loss = layer_of(loaded).loss
     again = reload(compiled(attach(detach(loaded), loss), loss, 0.05))
-    for one in (model, loaded, again):
-        one.fit(X, Y + 1, shuffle=False, verbose=0)
-    close([logs(one)["loss"] for one in (loaded, again)], logs(model)["loss"])
-    for one in (model, loaded, again):
-        one.set_weights([np.full(w.shape, 0.5) for w in one.weights])
-    close([logs(one)["loss"] for one in (loaded, again)], logs(model)["loss"])
     copied = copy.deepcopy(model)
-    assert (len(copied.weights), logs(copied)) == (len(model.weights), logs(model))
+    for one in (model, loaded, again, copied):
+        assert len(one.weights) == len(model.weights)
+        one.fit(X, Y + 1, shuffle=False, verbose=0)
+    values = [[logs(one)["loss"] for one in (model, loaded, again, copied)]]
+    for one in (model, loaded, again, copied):
+        one.set_weights([np.full(w.shape, 0.25) for w in one.weights])
+    values.append([logs(one)["loss"] for one in (model, loaded, again, copied)])
+    for first, *others in values:
+        assert others == pytest.approx([first] * 3, rel=1e-4)
 
 
-COPIES = [
-    copy.deepcopy,
-    keras.models.clone_model,
-    lambda model: pickle.loads(pickle.dumps(model)),
-]
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "clone": keras.models.clone_model,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+}
 
 
-@pytest.mark.parametrize("copied", COPIES)
-@pytest.mark.parametrize("loss", LOSSES)
+@each("copied", COPIES.values(), ids=COPIES)
+@each_loss
 def test_copies(loss, copied):
     loss = loss()
     model = trained(attach(sequential(), loss), loss)
-    copied = copied(model)
-    copied.set_weights(model.get_weights())
-    compiled(copied, loss_of(copied))
-    assert logs(copied) == logs(model)
-    assert not {id(v) for v in copied.variables} & {id(v) for v in model.variables}
+    other = copied(model)
+    other.set_weights(model.get_weights())
+    assert not {id(v) for v in other.variables} & {id(v) for v in model.variables}
+    with pytest.raises(AttachError, match="loaded or cloned"):
+        logs(compiled(other, loss))
+    assert logs(compiled(other, layer_of(other).loss)) == logs(model)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@each_loss
 def test_subclass_that_holds_its_loss(loss, reload, tmp_path):
     model = Holder(loss())
     trained(model, model.loss_args.loss)
     model.save_weights(tmp_path / "model.weights.h5")
-
     loaded, second = reload(reload(model)), reload(model)
     assert logs(loaded) == logs(model)
     assert not {id(v) for v in loaded.variables} & {id(v) for v in second.variables}
@@ -289,12 +271,12 @@ def test_subclass_that_holds_its_loss(loss, reload, tmp_path):
     assert logs(second) == logs(model)
 
 
-@pytest.mark.parametrize("is_dict", [False, True])
-@pytest.mark.parametrize("name", ["new", None])
+@each("is_dict", [False, True])
+@each("name", ["new", None])
 def test_new_input(name, is_dict, reload):
     x, new = keras.Input((3,), name="x"), keras.Input((2,), name=name)
-    model = keras.Model({"x": x} if is_dict else x, Dense(1, kernel_initializer="zeros")(x))
-    loss = masked(mask=Dense(1, kernel_initializer="ones")(new))
+    model = keras.Model({"x": x} if is_dict else x, Dense(1)(x))
+    loss = masked(mask=keras.layers.Dense(1, kernel_initializer="ones")(new))
     attached = compiled(attach(model, loss), loss)
     data = [X if tensor.name == "x" else X[:, :2] for tensor in attached.inputs]
     data = {t.name: x for t, x in zip(attached.inputs, data, strict=True)} if is_dict else data
@@ -302,31 +284,3 @@ def test_new_input(name, is_dict, reload):
     assert logs(loaded, data, Y + 1)["loss"] == logs(attached, data, Y + 1)["loss"] == 2
     for one in (attached, loaded):
         assert (len(detach(one).inputs), len(detach(one).weights)) == (1, 2)
-
-
-SQUARE = [
-    lambda y, p, e: (p[:, 0] @ ops.transpose(p[:, 1]) - (e[:, None] - e[None])) ** 2,
-    lambda y, p, e: e[:, None] * mse(y, p),
-]
-
-
-@pytest.mark.parametrize("loss", SQUARE)
-def test_flat_entries_on_purpose(loss):
-    model = keras.Sequential([keras.Input((3,)), Dense(128), keras.layers.Reshape((8, 8, 2))])
-    e, y = ops.arange(8, dtype="float32"), np.zeros((8, 8, 8, 2))
-    want = logs(compiled(model, lambda y, p: loss(y[:, 0], p[:, 0], e)), X, y)["loss"]
-    bound = with_args(lambda y, p, e: loss(y[:, 0], p[:, 0], e))()
-
-    close(logs(compiled(model, bound), X, y, sample_weight={"e": np.arange(8.0)})["loss"], want)
-
-
-def test_no_targets():
-    loss, weight = energy(constant(2.0)), np.arange(8, dtype="float32")
-    model = keras.Sequential([keras.Input((3,)), Dense(1)])
-    model = compiled(attach(model, loss, track=[energy.options(name="other")(4.0)]), loss)
-    want = 2 * model.predict(X, verbose=0)[:, 0] ** 2
-    history = model.fit(X, validation_data=(X,), verbose=0).history
-    close([history[name] for name in ("loss", "val_loss")], np.full((2, 1), np.mean(want)))
-    batches = ((X, None, {"sample_weight": weight}) for _ in range(2))
-    history = model.fit(batches, steps_per_epoch=2, shuffle=False, verbose=0).history
-    close(history["loss"], [np.mean(weight * want)])

@@ -1,4 +1,4 @@
-"""A training killed at any step goes on as if it had not been, by Keras's own callbacks."""
+"""A training killed at any step continues as if it had not been, by Keras's own callbacks."""
 
 import json
 import shutil
@@ -36,9 +36,10 @@ def kill(folder, *options, **ways):
 
 
 def resume(folder, way):
-    done = run(folder, ways=[way])
-    assert done.returncode == 0, done.stderr
-    return result_of(folder), done.stdout
+    """Continue in this process, which has the state of no run."""
+    model, epoch, damaged = killed.found(way, folder / way)
+    killed.train(model, epoch, folder, [killed.saving(way, folder / way)])
+    return result_of(folder), damaged
 
 
 def result_of(folder):
@@ -53,7 +54,6 @@ def assert_same(result, expected, *, first_epoch):
     for name, values in expected["history"].items():
         assert result["history"][name] == pytest.approx(values[first_epoch:], rel=1e-6), name
     assert result["live"] == pytest.approx(expected["live"], rel=1e-6)
-    assert len(result["weights"]) == len(expected["weights"])
     for values, others in zip(result["weights"], expected["weights"], strict=True):
         np.testing.assert_allclose(values, others, rtol=1e-6)
 
@@ -109,8 +109,8 @@ def test_killed_while_a_file_is_written(uninterrupted, tmp_path, way):
     newest = max((tmp_path / way).glob("*[!p]"), key=lambda file: file.stat().st_mtime)
     with pytest.raises((OSError, ValueError)):
         (keras.saving.load_model if way == "model" else killed.make_model().load_weights)(newest)
-    result, output = resume(tmp_path, way)
-    assert ("damaged" in output) == (way != "backup")
+    result, damaged = resume(tmp_path, way)
+    assert bool(damaged) == (way != "backup")
     assert_same(result, result_of(uninterrupted), first_epoch=2)
 
 
