@@ -25,18 +25,18 @@ from lossargs._values import TensorRef, format_value, map_leaves
 def grad(y: keras.KerasTensor, x: keras.KerasTensor) -> keras.KerasTensor:
     """Return the gradient of a symbolic tensor with respect to another, as a symbolic tensor.
 
-    Pass it to a loss, or use it as any tensor of the graph: for another `grad`, as an output of
-    the model. Its layers are those of `y`, shared. Their state changes as with the output `y`.
+    Pass the result to a loss, to another `grad`, or use it as an output of the model. It shares the
+    layers of `y`. Their state changes as with the output `y`.
 
     Args:
-        y: The tensor to differentiate, floating-point, of any shape. It is summed over everything
-            but the batch; for one component of several take `y[:, :1]`.
-        x: A `keras.Input`, or a tensor on the way from inputs to `y`, floating-point. Other
-            tensors that `y` is computed from are constant.
+        y: The tensor to differentiate, floating-point, of any shape. It is summed over all axes but
+            the batch. For one component, pass `y[:, :1]`.
+        x: A `keras.Input`, or a tensor between an input and `y`, floating-point. Other tensors
+            that `y` depends on are constant.
 
     Returns:
-        The gradient of the sum of `y`, with the shape and dtype of `x`. Each sample has its own,
-        unless layers mix the samples of a batch, as batch normalization does.
+        The gradient of the sum of `y`, with the shape and dtype of `x`. Each sample has its own
+        gradient, unless layers mix the samples of a batch, as batch normalization does.
 
     Raises:
         DerivativeError: `y` does not depend on `x`, one of them is not floating-point, or the
@@ -65,11 +65,12 @@ def derivatives(*wanted: Any) -> list[keras.KerasTensor]:
     """Return several derivatives from one evaluation of the layers that they share.
 
     Each call of `grad` evaluates the layers again. Compilers merge only a part of that, and eager
-    PyTorch nothing. If layers are random, only derivatives of one call are of the same draw.
+    PyTorch nothing. If layers are random, only derivatives of one call have the same draw.
 
     Args:
-        *wanted: Tuples `(y, x, ...)`: the gradient of `y` along `x`, that along the next, and so
-            on; or a tensor `y`, to use in place of the first one. All are as for `grad`.
+        *wanted: Tuples `(y, x1, x2, ...)`. `(y, x)` is the gradient of `y` along `x`, and
+            `(y, x, t)` is the gradient of that along `t`. A tensor `y` alone is returned with the
+            same draw. All tensors are as for `grad`.
 
     Returns:
         A symbolic tensor for each.
