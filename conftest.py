@@ -29,7 +29,7 @@ def leave_folder(namespace: dict[str, Any]) -> None:
 
 pages = Sybil(
     parsers=[PythonCodeBlockParser()],
-    patterns=["README.md", "docs/*.md", "docs/*/*.md"],
+    patterns=["README.md", "docs/*.md"],
     setup=enter_folder,
     teardown=leave_folder,
 )

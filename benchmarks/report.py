@@ -3,7 +3,7 @@
     python report.py benchmarks/results
 
 The files there are named after the benchmark and the backend, `bench-jax.json`. Tables go between
-the marks of `benchmarks/README.md` and `README.md`, the picture to `docs/benchmarks.png`.
+the marks of `benchmarks/README.md` and `docs/speed.md`, the picture to `docs/benchmarks.png`.
 """
 
 import argparse
@@ -212,7 +212,7 @@ def main(options):
     found = read(options.results, "bench")
     for one in (steps, changes, binding, growth):
         put(here, one.__name__, f"{one(found)}\n\n{measured_with(found)}")
-    put(ROOT / "README.md", "benchmarks", f"{in_short(found)}\n\n{measured_with(found)}")
+    put(ROOT / "docs" / "speed.md", "benchmarks", f"{in_short(found)}\n\n{measured_with(found)}")
     picture(found, ROOT / "docs" / "benchmarks.png")
 
 

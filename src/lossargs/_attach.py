@@ -39,11 +39,11 @@ def attach(target: Target, loss: Any, *, track: Any = ()) -> Target:
     """Attach a loss to a model, which then holds the live arguments of the loss.
 
     Args:
-        target: A Functional or Sequential model; or the symbolic output of a model that is not
-            made yet, or a list or dict of outputs.
-        loss: The bound loss that `compile` is given as well. For several outputs a list or dict, as
-            for `compile`; other losses in it are left to `compile`.
-        track: Further bound losses, logged under their names. For several outputs a list or dict.
+        target: A Functional or Sequential model. Or the symbolic output of a model that you create
+            afterwards, or a list or dict of outputs.
+        loss: The bound loss that you also give to `compile`. For several outputs, a list or dict,
+            as for `compile`. Other losses in it have no effect here.
+        track: Further bound losses, logged under their names. For several outputs, a list or dict.
 
     Returns:
         The same kind as `target`, with the same layers, predictions, weights and attributes. New
@@ -52,9 +52,8 @@ def attach(target: Target, loss: Any, *, track: Any = ()) -> Target:
         replaced. Schedules continue at their positions.
 
     Raises:
-        AttachError: The loss was not made by a factory, an argument is a tensor of another
-            model, two things would be logged under one name, or the class of the model has a
-            constructor of its own.
+        AttachError: The loss was not made by a factory. An argument is a tensor of another model.
+            Two logs would have one name. Or the class of the model has its own constructor.
 
     Examples:
         >>> import keras
@@ -92,11 +91,11 @@ def detach(model: keras.Model) -> keras.Model:
         model: A Functional or Sequential model.
 
     Returns:
-        A model of the same layers, not compiled; the same model if nothing is attached. Outputs of
+        A model of the same layers, not compiled. If nothing is attached, the same model. Outputs of
         `derivatives` are computed without derivatives.
 
     Raises:
-        AttachError: The model is subclassed, or the layer is in a model that is one of its layers.
+        AttachError: The model is subclassed, or one of its layers is an attached model.
 
     Examples:
         >>> import keras
@@ -175,7 +174,7 @@ def live_args(model: keras.Model) -> dict[str, keras.Variable]:
     """Return the variables that the losses of a model take as arguments.
 
     Args:
-        model: Any model, also one that was loaded.
+        model: Any model, also a loaded one.
 
     Returns:
         The `keras.Variable`s by their names in the logs.

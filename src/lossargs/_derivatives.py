@@ -30,18 +30,18 @@ _CONFIG = "The config of a Derivatives layer"
 def grad(y: keras.KerasTensor, x: keras.KerasTensor) -> keras.KerasTensor:
     """Return the gradient of a symbolic tensor with respect to another, as a symbolic tensor.
 
-    Pass it to a loss, differentiate it again, or make it an output of the model. It shares the
-    layers of `y`. Their state changes as in a model with the output `y`.
+    Pass the result to a loss, to another `grad`, or use it as an output of the model. It shares the
+    layers of `y`. Their state changes as with the output `y`.
 
     Args:
-        y: The tensor to differentiate, floating-point, of any shape. It is summed over everything
-            but the batch. For one component of several, take `y[:, :1]`.
-        x: A `keras.Input`, or another tensor that `y` is computed from, floating-point. All other
-            tensors are constant.
+        y: The tensor to differentiate, floating-point, of any shape. It is summed over all axes but
+            the batch. For one component, pass `y[:, :1]`.
+        x: A `keras.Input`, or a tensor between an input and `y`, floating-point. Other tensors
+            that `y` depends on are constant.
 
     Returns:
-        The gradient of the sum of `y`, with the shape and dtype of `x`. Each sample has its own,
-        unless layers mix the samples of a batch, as batch normalization does.
+        The gradient of the sum of `y`, with the shape and dtype of `x`. Each sample has its own
+        gradient, unless layers mix the samples of a batch, as batch normalization does.
 
     Raises:
         DerivativeError: `y` does not depend on `x`, one of them is not floating-point, or the
@@ -69,13 +69,13 @@ def grad(y: keras.KerasTensor, x: keras.KerasTensor) -> keras.KerasTensor:
 def derivatives(*wanted: Any) -> list[keras.KerasTensor]:
     """Return several derivatives from one evaluation of the layers that they share.
 
-    Each call of `grad` evaluates the layers again, which compilers avoid in part and eager PyTorch
-    not at all. Random layers draw the same numbers for all derivatives of one call.
+    Each call of `grad` evaluates the layers again. Compilers merge only a part of that, and eager
+    PyTorch nothing. If layers are random, only derivatives of one call have the same draw.
 
     Args:
-        *wanted: Tuples `(y, x, ...)` for the gradient of `y` along `x`, differentiated along the
-            next tensor, and so on. A tensor `y` alone returns `y` from the same evaluation. All
-            tensors are as for `grad`.
+        *wanted: Tuples `(y, x1, x2, ...)`. `(y, x)` is the gradient of `y` along `x`, and
+            `(y, x, t)` is the gradient of that along `t`. A tensor `y` alone is returned with the
+            same draw. All tensors are as for `grad`.
 
     Returns:
         A symbolic tensor for each.

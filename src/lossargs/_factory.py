@@ -25,7 +25,7 @@ class _AllOptions(Options, total=False):
 
 
 class Factory(Generic[P]):
-    """Binds the extra arguments of a function, `__wrapped__`."""
+    """A factory, which binds the extra arguments of a function, `__wrapped__`."""
 
     def __init__(self, function: Any, **options: Any) -> None:
         wrapper: Any = self
@@ -54,7 +54,10 @@ class Factory(Generic[P]):
 
 
 class LossFactory(Factory[P]):
-    """Binds the extra arguments of a loss function, `__wrapped__`; made by `with_args`."""
+    """A factory of losses, made by `with_args`. Calling it binds extra arguments.
+
+    `__wrapped__` is the function. `inspect.signature` returns the extra parameters.
+    """
 
     def __init__(self, function: LossFunction, **options: Unpack[Options]) -> None:
         name = options.get("name") or function.log_name
@@ -66,13 +69,13 @@ class LossFactory(Factory[P]):
         super().__init__(function, name=name, reduction=reduction, dtype=dtype)
 
     # The first form is what editors show. The second lets any argument be left to the batch, and
-    # be a value that stands for the annotated one.
+    # be a value that represents the annotated one.
     @overload
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> BoundLoss: ...
     @overload
     def __call__(self, /, *args: Any, **kwargs: Any) -> BoundLoss: ...
     def __call__(self, /, *args: Any, **kwargs: Any) -> BoundLoss:
-        """Return a loss with these extra arguments; those left out come with the batch.
+        """Return a loss with these extra arguments. Arguments left out come with the batch.
 
         Raises:
             ArgumentError: An argument is unknown, given twice, or cannot be bound.
@@ -83,7 +86,7 @@ class LossFactory(Factory[P]):
         """Return the factory with other options for the losses it makes.
 
         Args:
-            **changes: Among `name`, `reduction` and `dtype`, as for `with_args`.
+            **changes: `name`, `reduction` or `dtype`, as for `with_args`.
 
         Examples:
             >>> import keras
@@ -129,23 +132,23 @@ def with_args(
 
     Args:
         fn: A function `fn(y_true, y_pred, ...)`. Keras passes two tensors by position. Further
-            parameters have names; defaults and `**extra` are allowed. It returns a tensor with
-            one number for each sample, shape `(batch_size, ...)`, or a scalar.
-        name: The name of the losses in logs; by default the name of the function.
+            parameters have names. Defaults and `**extra` are allowed. The function returns one
+            number for each sample, shape `(batch_size, ...)`, or a scalar.
+        name: The name of the losses in logs. The default is the name of the function.
         reduction: How Keras reduces the losses of the samples: `"sum_over_batch_size"`, `"sum"`,
             `"mean"`, `"mean_with_sample_weight"`, `"none"` or `None`.
-        dtype: The dtype of the computation, e.g. `"float32"`; by default `keras.config.floatx()`.
-        package: Saved losses find the function by its qualified name in this package, by default
-            its module. It keeps models loadable when the function moves to another module.
+        dtype: The dtype of the computation. The default is `keras.config.floatx()`.
+        package: Files store the function by its qualified name in this package. The default is
+            the module. A package keeps files loadable if the function moves to another module.
 
     Returns:
-        The factory. Calling it with extra arguments returns a loss. An argument left out comes by
-        its name with each batch, in a dict as the third element of the data, or is the default.
-        Without `fn`, a decorator.
+        The factory. Calling it with extra arguments returns a loss. Arguments left out come with
+        each batch, in a dict as the third element of the data, or keep their defaults. Without
+        `fn`, a decorator.
 
     Raises:
-        ArgumentError: The function cannot be called with two tensors and named extra arguments, or
-            another function has its saved name.
+        ArgumentError: The function does not take two tensors and named extra arguments. Or another
+            function has the same saved name.
 
     Examples:
         >>> import keras

@@ -49,7 +49,7 @@ class _Contents:
 
 @keras.saving.register_keras_serializable(package="lossargs")
 class LossArgs(keras.Layer):
-    """Holds the live arguments of a loss, and passes them to it with the predictions.
+    """A layer that holds the live arguments of a loss, and passes their values to it.
 
     `attach` adds this layer to a Functional or Sequential model. In a subclassed model, call it
     in `call` on the output that goes to the loss, and return the result unchanged:
@@ -60,7 +60,7 @@ class LossArgs(keras.Layer):
             return self.loss_args(x_hat, z_mean=z_mean, z_log_var=z_log_var)
 
     Args:
-        loss: The bound loss that `compile` is given as well.
+        loss: The bound loss that you also give to `compile`.
         track: Further bound losses, logged under their names.
         **kwargs: Arguments of `keras.layers.Layer`, e.g. `name`.
 
@@ -190,21 +190,22 @@ class LossArgs(keras.Layer):
         training: Any = None,
         **named: Any,
     ) -> Any:
-        """Return the predictions, with the arguments of the loss for this step.
+        """Return the predictions, which carry the arguments of the loss for this step.
 
         Args:
             y_pred: The predictions, one tensor.
-            tensors: For `attach`: the values of the symbolic tensors among the arguments.
-            given: For a saved graph: `named` in one dict.
-            training: Given by Keras; a loss may have an argument of that name.
-            **named: Further arguments of the losses, tensors by name.
+            tensors: The values of symbolic tensors among the arguments. `attach` gives them.
+            given: `named` in one dict. Saved graphs give it.
+            training: Whether this is a training step. Keras gives it, unless a loss has an
+                argument of that name.
+            **named: Tensors for arguments of the losses, by name.
 
         Returns:
-            The predictions, in a tensor of their own.
+            The predictions, in a new tensor.
 
         Raises:
-            AttachError: A name that no loss takes, a symbolic tensor without a value, or more than
-                one tensor of predictions.
+            AttachError: No loss takes a name, a symbolic tensor has no value, or there are several
+                tensors of predictions.
         """
         if not isinstance(y_pred, keras.KerasTensor) and not keras.ops.is_tensor(y_pred):
             raise AttachError(
@@ -213,7 +214,7 @@ class LossArgs(keras.Layer):
             )
         if given is None and training is not None and self._takes("training"):
             named["training"], training = training, None  # the user's argument, not Keras's
-        # In one dict: by itself, `mask` would be a mask to Keras.
+        # In one dict: Keras would take an argument `mask` for a mask.
         given = {**(given or {}), **named}
         if isinstance(y_pred, keras.KerasTensor):
             options = {} if training is None else {"training": training}
@@ -394,10 +395,10 @@ class LossArgs(keras.Layer):
                 adapter.refer_to(*shared[0])
 
     def get_config(self) -> dict[str, Any]:
-        """Return what `from_config` needs to make this layer again.
+        """Return the config from which `from_config` makes this layer again.
 
         Raises:
-            SavingError: The format of the file, or the copy, would lose something.
+            SavingError: The file or the copy would lose something.
         """
         if self.unsaved:
             raise SavingError(f"The model of {self.loss!r} cannot be saved: {self.unsaved}")

@@ -1,4 +1,4 @@
-"""Live arguments: the base class of all kinds, and the way of their values to the loss."""
+"""Live arguments: the base class of all kinds, and their values in a step."""
 
 import dataclasses
 import inspect
@@ -35,21 +35,21 @@ class Untracked:
 class Adapter(keras.Layer):
     """Base class for kinds of live arguments.
 
-    An adapter is a Keras layer. Its state is in weights, made in `__init__` with `add_weight`: they
-    are saved, distributed and, if trainable, trained with the model. Bind an instance to an
-    argument of a loss, or name in `adapts` a type whose instances can be bound directly.
+    An adapter is a Keras layer. Create its weights in `__init__` with `add_weight`. The model
+    saves, distributes and trains them. Bind an instance to an argument of a loss. Or set `adapts`
+    to a type, whose instances can then be bound directly.
 
     Args:
-        tensor: The symbolic tensor whose values `value` receives in each step, if any.
+        tensor: The symbolic tensor whose values the method `value` receives in each step, if any.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Raises:
         ArgumentError: `tensor` is not a symbolic tensor.
 
     Attributes:
-        adapts: A type. `cls(instance)` adapts its instances when they are bound.
-        reads_tensor: Whether `value` needs a tensor of the batch: `tensor`, or the tensor that a
-            call of `LossArgs` gives by the name of the argument.
+        adapts: A type. Binding an instance of it creates the adapter `cls(instance)`.
+        reads_tensor: Whether `value` needs a tensor of the batch. This is `tensor`, or the tensor
+            that a call of `LossArgs` gives for the argument.
         shape: The shape of the value, if it is known. A scalar, `()`, is logged.
 
     Examples:

@@ -31,10 +31,10 @@ _interned_lock = threading.Lock()
 
 @keras.saving.register_keras_serializable(package="lossargs")
 class BoundLoss(Arithmetic, keras.losses.Loss):
-    """A Keras loss that calls its function with the bound extra arguments.
+    """A Keras loss with bound extra arguments, made by calling a factory.
 
-    Made by calling a loss factory (see `with_args`), never directly. Losses of the same function,
-    with equal arguments and options, are equal, and are one object.
+    A bound loss is immutable. Losses of one function with equal arguments and options are one
+    object. Sums of losses are bound losses too: `mse() + 0.5 * kl(z)`.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
         reduction: str | None,
         dtype: str | None,
     ) -> Self:
-        """The loss with these arguments: an equal one that is alive, or else a new one.
+        """Return the loss with these arguments: an existing equal one, or a new one.
 
         Raises:
             ArgumentError: A value can be neither followed nor bound as a constant.
@@ -88,16 +88,16 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
         )
 
     def replace(self, /, **changes: Any) -> Self:
-        """A loss like this one, with some arguments bound anew.
+        """Return this loss with some arguments changed.
 
         Args:
             **changes: Extra arguments of the function, by name.
 
         Returns:
-            The other loss; this one stays as it is.
+            The new loss. This one stays unchanged.
 
         Raises:
-            ArgumentError: A name that the function does not take, or a value it cannot bind.
+            ArgumentError: The function does not take a name, or a value cannot be bound.
 
         Examples:
             >>> import keras
@@ -113,13 +113,13 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
         return self.of(self.loss_function, {**self.bound_args, **changes}, **self.get_options())
 
     def live_leaves(self) -> Iterator[tuple[str, str, Any]]:
-        """The live values bound: the argument of each, its name in the logs, the value itself."""
+        """Return the live values, each with its argument and its name in the logs."""
         for name, value in self.bound_args.items():
             for place, leaf in live_leaves(value):
                 yield name, label_of(self, name, place), leaf
 
     def live_args(self, convert: Callable[[Any], Any]) -> dict[str, Any]:
-        """The arguments that hold live values, with each leaf converted."""
+        """Return the arguments that hold live values, with each leaf converted."""
         return {name: map_leaves(self.bound_args[name], convert) for name in self.live_names}
 
     def _find_inner_losses(self) -> list["BoundLoss"]:
@@ -159,24 +159,22 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
         """Return the loss of a batch.
 
         Args:
-            y_true: The targets, shape `(batch_size, d0, .. dN)`, or nested ones; `None` if there
-                are none.
+            y_true: The targets, shape `(batch_size, d0, .. dN)`, or nested ones. `None` if there
+                are no targets.
             y_pred: The predictions, of the same structure.
-            sample_weight: Weights that broadcast to the loss of each sample; or what came as the
-                third element of the data, a dict of extra arguments by name, where the key
-                `"sample_weight"` holds the weights.
-            **extra: Extra arguments for this call only. They override live ones, which override
-                those of the batch, and these the bound ones.
+            sample_weight: Weights that broadcast to the loss of each sample. Or a dict of batch
+                entries by name, in which the key `"sample_weight"` holds the weights.
+            **extra: Extra arguments for this call only. They take precedence over all others.
 
         Returns:
-            The loss, reduced by `self.reduction`: a scalar, or one number for each sample.
+            The loss, reduced by `self.reduction`. A scalar, or one number for each sample.
 
         Raises:
             ArgumentError: An argument is missing or unknown, or the function reads a variable that
                 it was not given.
-            AttachError: The predictions do not come from a model that a loss with live arguments is
-                attached to.
-            BatchError: What came with the batch would be used wrongly, or not at all.
+            AttachError: A live argument has no value, because the predictions do not come from an
+                attached model.
+            BatchError: A batch entry would be used wrongly, or not at all.
         """
         try:
             inputs = Inputs.of(self, y_pred, sample_weight)
@@ -210,10 +208,10 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
         return Call(self, Inputs.of(self, y_pred, None)).evaluate(y_true, y_pred)
 
     def get_config(self) -> dict[str, Any]:
-        """What `from_config` needs to make this loss again.
+        """Return the config from which `from_config` makes this loss again.
 
         Raises:
-            SavingError: The function or a value could not be found or read again.
+            SavingError: The function or a value could not be loaded again.
         """
         function = self.loss_function
         function.refuse_saving()
@@ -229,11 +227,11 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """The loss that `get_config` described.
+        """Return the loss that a config describes.
 
         Raises:
-            SavingError: Its function is not known in this process, takes other arguments by now, or
-                the config is damaged.
+            SavingError: The function is not known in this process, or has other parameters now.
+                Or the config is damaged.
         """
         with reading("The config of a lossargs loss"):
             key, module = checked(config, "function", str), checked(config, "module", str)
@@ -310,7 +308,7 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
         )
 
     def __array__(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse to be a number: Keras and backends try this with what they cannot compute."""
+        """Refuse to be a number, which Keras and backends ask of unknown objects."""
         raise ArgumentError(
             f"{self!r} is a loss and no number. To weight a loss by a variable, write "
             f"loss * variable. If {self.loss_function.name} itself is what compile(loss=...) was "

@@ -24,13 +24,17 @@ _USER_DEFINED = 2  # `dtype.isbuiltin` of a dtype of ml_dtypes, e.g. bfloat16
 _INSTEAD: dict[type, tuple[str, str]] = {
     keras.Metric: (
         "a metric",
-        ("which Keras would neither reset nor log here. Give a layer that holds the metric, and "
-        "update it in the loss. Or give its number: a keras.Variable that you assign."),
+        (
+            "which Keras would neither reset nor log here. Give a layer that holds the metric, and "
+            "update it in the loss. Or give its number: a keras.Variable that you assign."
+        ),
     ),
     keras.Optimizer: (
         "an optimizer",
-        ("whose variables belong to compile. Give the value that the loss reads: a "
-        "LearningRateSchedule, or a keras.Variable that you assign in a callback."),
+        (
+            "whose variables belong to compile. Give the value that the loss reads: a "
+            "LearningRateSchedule, or a keras.Variable that you assign in a callback."
+        ),
     ),
 }
 _VARIABLES = {"Variable", "Parameter"}  # classes of the backends, and of Flax
