@@ -387,7 +387,7 @@ class LossArgs(keras.Layer):
             weights = enumerate(layer.weights)
             owners |= {id(weight): (layer, i) for i, weight in weights if id(weight) in own}
         for adapter in self.adapters:
-            variables = [*adapter.weights, *filter(None, [adapter.variable])]
+            variables = (*adapter.weights, adapter.variable)
             shared = [owners[id(v)] for v in variables if id(v) in owners]
             if shared:
                 self._shared.value[adapter] = shared[0][0].name
