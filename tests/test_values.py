@@ -51,7 +51,7 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: getattr(value, "__name__", repr(value)))
 def test_value_comes_back_exactly(value):
     loss = described(what=value)
     back = reloaded(loss)

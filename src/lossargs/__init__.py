@@ -11,6 +11,7 @@ else:
     del keras  # it is no name of this package
 
 from lossargs._attach import attach, detach, live_args
+from lossargs._balance import balance
 from lossargs._derivatives import derivatives, grad
 from lossargs._errors import (
     ArgumentError,
@@ -39,6 +40,7 @@ __all__ = [
     "LossFactory",
     "SavingError",
     "attach",
+    "balance",
     "derivatives",
     "detach",
     "grad",

@@ -1,6 +1,7 @@
 """`balance`: several losses that a rule turns into one."""
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
@@ -9,17 +10,34 @@ from lossargs._errors import ArgumentError
 from lossargs._function import LossFunction
 from lossargs._loss import BoundLoss
 from lossargs._sums import bound_term
+from lossargs._values import format_value
 
 
 def balanced(values: Any, training: bool, *, terms: Any = (), rule: Any) -> Any:  # noqa: ARG001
     """Return the result of the rule for the values of the terms."""
-    takes_training = "training" in rule.__class__.call.__code__.co_varnames
+    takes_training = "training" in inspect.signature(rule.call).parameters
     options = {"training": training} if takes_training else {}
     return rule(keras.ops.stack(values), **options)
 
 
 BALANCE = LossFunction.of(balanced, package="lossargs")
 BALANCE.is_internal = True
+
+
+def _format(args: Mapping[str, Any]) -> str:
+    return f"balance([{', '.join(map(repr, args['terms']))}], {format_value(args['rule'])})"
+
+
+BALANCE.format = _format
+
+
+def computed_weights(loss: BoundLoss) -> list[str]:
+    """Return the names in the logs of the weights that the rule of a loss returns."""
+    if loss.loss_function is not BALANCE:
+        return []
+    result = loss.bound_args["rule"].compute_output_spec(keras.KerasTensor((len(loss.terms),)))
+    is_pair = isinstance(result, (tuple, list))
+    return [f"{term.name}_weight" for term in loss.terms] if is_pair else []
 
 
 def balance(terms: Iterable[Any], rule: keras.Layer) -> BoundLoss:
@@ -57,5 +75,6 @@ def balance(terms: Iterable[Any], rule: keras.Layer) -> BoundLoss:
             f"Cannot balance {len(bound)} terms by {rule!r}. Give a list of losses and a layer: "
             "balance([mse(), kl()], lossargs.balancing.SoftAdapt())."
         )
+    rule(keras.KerasTensor((len(bound),)))  # builds it
     args = {"terms": bound, "rule": rule}
     return BoundLoss.of(BALANCE, args, name="balance", reduction="sum_over_batch_size", dtype=None)

@@ -8,6 +8,7 @@ from typing import Any, Self
 import keras
 
 from lossargs._adapters import LayerAdapter, VariableAdapter
+from lossargs._balance import computed_weights
 from lossargs._errors import AttachError, LossArgsError, SavingError, listed, nearest
 from lossargs._keras import (
     AutocastScope,
@@ -45,6 +46,7 @@ class _Contents:
     logged: tuple[tuple[LiveValue, Adapter], ...]
     tracked: tuple[tuple[BoundLoss, TrackedLoss], ...]  # terms also
     track: tuple[BoundLoss, ...]
+    weights: tuple[tuple[BoundLoss, LiveValue], ...]  # of the terms of a loss, which it computes
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
@@ -122,7 +124,9 @@ class LossArgs(keras.Layer):
         }
         metrics: dict[tuple[str, Adapter], LiveValue] = {}
         live = []
+        weights: list[tuple[BoundLoss, LiveValue]] = []
         for one in losses:
+            weights += [(one, LiveValue(label)) for label in computed_weights(one)]
             for name, label, leaf in one.live_leaves():
                 logged = (label, adapter(leaf))
                 if logged[1].shape == () and logged not in metrics:
@@ -134,10 +138,14 @@ class LossArgs(keras.Layer):
                 arg.adapter.check_is_alone(f"{arg.label!r} of {arg.loss!r}")
         tracked = tuple((one, TrackedLoss(name=one.name)) for one in to_log)
         scalars = tuple((metric, adapter) for (_, adapter), metric in metrics.items())
-        self._contents = _Contents(losses, adapters, tuple(live), scalars, tracked, track)
+        self._contents = _Contents(
+            losses, adapters, tuple(live), scalars, tracked, track, tuple(weights)
+        )
         # For Keras to find them.
         self.adapters = list(dict.fromkeys(adapters.values()))
-        self.logged = [*metrics.values(), *(metric for _, metric in tracked)]
+        logged_metrics: list[Any] = [metric for _, metric in (*tracked, *weights)]
+        self.logged = [*metrics.values(), *logged_metrics]
+        self._labels = tuple(metric.name for metric in logged_metrics)
         self.loss = loss
         self._reference = weakref.ref(self)
         self._given: set[str] = set()  # names of arguments in calls of this layer
@@ -168,9 +176,10 @@ class LossArgs(keras.Layer):
         """The losses that are evaluated only for the logs."""
         return self._contents.track
 
-    def get_tracked(self) -> Sequence[tuple[BoundLoss, TrackedLoss]]:
-        """Return terms and tracked losses with their metrics."""
-        return self._contents.tracked
+    def get_metrics(self) -> list[tuple[BoundLoss, Any, str]]:
+        """Return the metrics of losses and computed weights, with the loss and a name of each."""
+        pairs = (*self._contents.tracked, *self._contents.weights)
+        return [(*pair, label) for pair, label in zip(pairs, self._labels, strict=True)]
 
     def adapters_by_key(self) -> dict[Any, Adapter]:
         """Return the adapters by the keys of their values."""
@@ -324,8 +333,14 @@ class LossArgs(keras.Layer):
         is_logged = values.step is not None and variables_can_be_assigned()
         return [loss for loss, _ in self._contents.tracked] if is_logged else []
 
-    def finish_step(self, values: StepValues, losses: Mapping[BoundLoss, Any], y_pred: Any) -> None:
-        """Log live scalars and the values of losses, and advance the adapters.
+    def finish_step(
+        self,
+        values: StepValues,
+        losses: Mapping[BoundLoss, Any],
+        weights: Mapping[BoundLoss, Any],
+        y_pred: Any,
+    ) -> None:
+        """Log live scalars, losses and computed weights, and advance the adapters.
 
         The loss calls this method after its evaluation.
         """
@@ -341,6 +356,9 @@ class LossArgs(keras.Layer):
         for loss, metric in self._contents.tracked:
             value = keras.ops.stop_gradient(unscale_loss_for_distribution(losses[loss]))
             metric.update_state(keras.ops.mean(value), sample_weight=size)
+        for place, (loss, metric) in enumerate(self._contents.weights):
+            first = [one for one, _ in self._contents.weights].index(loss)
+            metric.update_state(weights[loss][place - first])
         if step.training and step.keeps_state:
             values.finish_step()
 

@@ -120,9 +120,9 @@ def names_of(
     named = [(names[id(one)], one) for _, one in live]
     distinct = dict.fromkeys((name, one.key) for name, one in named)
     metrics = [
-        (in_output(layer, loss, loss.name), metric)
+        (in_output(layer, loss, label), metric)
         for layer in layers
-        for loss, metric in layer.get_tracked()
+        for loss, metric, label in layer.get_metrics()
     ]
     used = [*others, *(name for name, _ in distinct), *(name for name, _ in metrics)]
     check_names(used, "Live arguments")

@@ -197,7 +197,7 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
                 with Sandbox():  # only the main loss updates state
                     values[loss] = Call.reduced(loss, inputs).evaluate(y_true, y_pred)
             for one, layer in layers:
-                layer.finish_step(one, values, y_pred)
+                layer.finish_step(one, values, inputs.term_weights, y_pred)
         except Exception:
             give_variables_back()
             raise

@@ -184,18 +184,19 @@ class ReLoBRaLo(_Remembering):
     def weigh(self, values: Any, training: bool) -> Any:
         """Return the weights of the terms, shape `(terms,)`."""
         is_first = ops.equal(self.steps, 0)
+        first, last_weights = map(ops.convert_to_tensor, (self.first, self.last_weights))
         if not training:
-            return ops.where(is_first, ops.ones_like(values), self.last_weights)
+            return ops.where(is_first, ops.ones_like(values), last_weights)
 
         def balance(reference: Any) -> Any:
             scaled = values / (self.temperature * reference + keras.config.epsilon())
             return ops.softmax(scaled) * values.shape[0]
 
         draw: Any = keras.random.uniform((), seed=self.seed_generator)
-        history = ops.where(draw < self.lookback, self.last_weights, balance(self.first))
+        history = ops.where(draw < self.lookback, last_weights, balance(first))
         weights = self.alpha * history + (1 - self.alpha) * balance(self.last)
         weights = ops.where(is_first, ops.ones_like(values), weights)
-        self.first.assign(ops.where(is_first, values, self.first))
+        self.first.assign(ops.where(is_first, values, first))
         self.last_weights.assign(weights)
         return weights
 
