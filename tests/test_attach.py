@@ -58,7 +58,7 @@ def test_functional_model(data):
 def test_sequential_model(data):
     model = linear_model()
     one = attach(model, losses.shifted(fixed()))
-    assert type(one) is keras.Sequential
+    assert isinstance(one, keras.Sequential)
     assert one.layers == [*model.layers, layer_of(one)]
     assert len(model.layers) == 1
     same_predictions(one, model, data)

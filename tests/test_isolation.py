@@ -45,25 +45,31 @@ def test_that_test_can_fail(tmp_path):
 
 def test_private_names_of_keras_live_in_one_module():
     users = set()
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("keras.src"):
-                users.add(path.name)
-    assert users == {"_keras.py"}
+                users.add(module_of(path).partition(".")[0])
+    assert users == {"_keras"}
+
+
+def module_of(path):
+    """The name of a module within the package, e.g. `_keras.steps`."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
 
 def private_attributes(*, of_others):
     """Those that the package uses, of objects other than `self` and `cls`; or those it makes."""
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not of_others:
-                yield path.name, node.name
+                yield module_of(path).partition(".")[0], node.name
             if isinstance(node, ast.AnnAssign) and not of_others:
-                yield path.name, getattr(node.target, "id", "")
+                yield module_of(path).partition(".")[0], getattr(node.target, "id", "")
             if isinstance(node, ast.Attribute):
                 is_own = getattr(node.value, "id", "") in ("self", "cls")
                 if of_others != is_own:
-                    yield path.name, node.attr
+                    yield module_of(path).partition(".")[0], node.attr
 
 
 def test_private_attributes_of_others_are_used_in_one_module():
@@ -73,12 +79,12 @@ def test_private_attributes_of_others_are_used_in_one_module():
         for file, name in private_attributes(of_others=True)
         if name.startswith("_") and not name.endswith("__") and name not in own
     }
-    assert {file for file, _ in others} == {"_keras.py"}, others
+    assert {file for file, _ in others} == {"_keras"}, others
 
 
 def test_one_module_names_backends():
     users = set()
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -89,12 +95,14 @@ def test_one_module_names_backends():
 
 def test_imports_go_in_one_direction():
     order = [
-        *("_errors", "_backends", "_keras", "_autodiff", "_values", "_serialization", "_function"),
-        *("_live", "_call", "_loss", "_factory", "_layer", "_derivatives", "_attach"),
-        *("__init__", "__main__"),
+        *("_errors", "_backends", "_keras.graphs", "_keras.scopes", "_keras.steps", "_keras"),
+        *("_autodiff", "_values", "_serialization", "_function", "_live", "_inputs", "_call"),
+        *("_sums", "_loss", "_balance", "_factory", "_adapters", "_logs", "_arguments", "_layer"),
+        *("_derivatives", "_models", "_attach", "balancing", "__init__", "__main__"),
     ]
-    assert {path.stem for path in PACKAGE.glob("*.py")} == set(order)
+    paths = {module_of(path): path for path in PACKAGE.rglob("*.py")}
+    assert set(paths) == set(order)
     for place, module in enumerate(order):
-        for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        for node in ast.walk(ast.parse(paths[module].read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lossargs."):
                 assert order.index(node.module.removeprefix("lossargs.")) < place

@@ -1,6 +1,5 @@
 """`LossArgs`: the layer that holds live arguments and passes them to the loss in each step."""
 
-import dataclasses
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
@@ -8,8 +7,8 @@ from typing import Any, Self
 import keras
 
 from lossargs._adapters import LayerAdapter, VariableAdapter
-from lossargs._balance import computed_weights
-from lossargs._errors import AttachError, LossArgsError, SavingError, listed, nearest
+from lossargs._arguments import collect
+from lossargs._errors import AttachError, LossArgsError, SavingError
 from lossargs._keras import (
     AutocastScope,
     Functional,
@@ -29,24 +28,10 @@ from lossargs._keras import (
     values_in_scope,
     variables_can_be_assigned,
 )
-from lossargs._live import Adapter, StepValues, Untracked, adapter_of, set_step_values
-from lossargs._logs import LiveArg, LiveValue, TrackedLoss, check_names, settle_names
-from lossargs._loss import BoundLoss, check_is_bound
+from lossargs._live import Adapter, StepValues, Untracked, set_step_values
+from lossargs._logs import LiveArg, settle_names
+from lossargs._loss import BoundLoss
 from lossargs._serialization import load_object, reading
-from lossargs._values import cache_key, is_live
-
-
-@dataclasses.dataclass(frozen=True)
-class _Contents:
-    """Parts of a layer that Keras would wrap or track as its attributes."""
-
-    losses: dict[BoundLoss, dict[str, Any]]  # with trees of the adapters of their arguments
-    adapters: dict[Any, Adapter]  # by the keys of the values
-    live: tuple[LiveArg, ...]
-    logged: tuple[tuple[LiveValue, Adapter], ...]
-    tracked: tuple[tuple[BoundLoss, TrackedLoss], ...]  # terms also
-    track: tuple[BoundLoss, ...]
-    weights: tuple[tuple[BoundLoss, LiveValue], ...]  # of the terms of a loss, which it computes
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
@@ -100,52 +85,10 @@ class LossArgs(keras.Layer):
         self.supports_masking = True
         allow_any_arguments(self)
         self.built = True
-        track = tuple(track)
-        for one in (loss, *track):
-            check_is_bound(one)
-        terms = dict.fromkeys(loss.all_terms())
-        to_log = dict.fromkeys((*terms, *track))
-        check_names(["loss", *(one.name for one in to_log)], "Terms and track=[...]")
-        adapters: dict[Any, Adapter] = {}
-
-        def adapter(leaf: Any) -> Any:
-            if not is_live(leaf):
-                return leaf
-            key = cache_key(leaf)
-            if key not in adapters:
-                is_kept = key in kept
-                adapters[key] = kept[key].for_another_layer() if is_kept else adapter_of(leaf)
-            return adapters[key]
-
-        losses = {
-            inner: inner.live_args(adapter)
-            for one in (loss, *track)
-            for inner in (one, *one.inner_losses)
-        }
-        metrics: dict[tuple[str, Adapter], LiveValue] = {}
-        live = []
-        weights: list[tuple[BoundLoss, LiveValue]] = []
-        for one in losses:
-            weights += [(one, LiveValue(label)) for label in computed_weights(one)]
-            for name, label, leaf in one.live_leaves():
-                logged = (label, adapter(leaf))
-                if logged[1].shape == () and logged not in metrics:
-                    metrics[logged] = LiveValue(label)
-                metric = metrics.get(logged)
-                live.append(LiveArg(one, name, label, cache_key(leaf), logged[1], metric))
-        for arg in live:
-            if isinstance(arg.adapter, LayerAdapter):
-                arg.adapter.check_is_alone(f"{arg.label!r} of {arg.loss!r}")
-        tracked = tuple((one, TrackedLoss(name=one.name)) for one in to_log)
-        scalars = tuple((metric, adapter) for (_, adapter), metric in metrics.items())
-        self._contents = _Contents(
-            losses, adapters, tuple(live), scalars, tracked, track, tuple(weights)
-        )
+        self._args = collect(loss, tuple(track), kept)
         # For Keras to find them.
-        self.adapters = list(dict.fromkeys(adapters.values()))
-        logged_metrics: list[Any] = [metric for _, metric in (*tracked, *weights)]
-        self.logged = [*metrics.values(), *logged_metrics]
-        self._labels = tuple(metric.name for metric in logged_metrics)
+        self.adapters = list(dict.fromkeys(self._args.adapters.values()))
+        self.logged = self._args.all_metrics()
         self.loss = loss
         self._reference = weakref.ref(self)
         self._given: set[str] = set()  # names of arguments in calls of this layer
@@ -154,7 +97,7 @@ class LossArgs(keras.Layer):
         self.unsaved = ""  # why this layer cannot be saved
         # Names of layers of the model, by the adapters that share weights with these.
         self._shared: Any = Untracked({})
-        for one in losses:
+        for one in self._args.losses:
             one.layers.add(self)
 
     @property
@@ -165,25 +108,24 @@ class LossArgs(keras.Layer):
     # No properties: Keras looks for weights in the values of all properties.
     def get_losses(self) -> Mapping[BoundLoss, Any]:
         """Return the losses that receive values from this layer, with trees of their adapters."""
-        return self._contents.losses
+        return self._args.losses
 
     def get_live(self) -> Sequence[LiveArg]:
         """Return the live arguments of these losses."""
-        return self._contents.live
+        return self._args.live
 
     @property
     def track(self) -> tuple[BoundLoss, ...]:
         """The losses that are evaluated only for the logs."""
-        return self._contents.track
+        return self._args.track
 
     def get_metrics(self) -> list[tuple[BoundLoss, Any, str]]:
         """Return the metrics of losses and computed weights, with the loss and a name of each."""
-        pairs = (*self._contents.tracked, *self._contents.weights)
-        return [(*pair, label) for pair, label in zip(pairs, self._labels, strict=True)]
+        return self._args.named_metrics()
 
     def adapters_by_key(self) -> dict[Any, Adapter]:
         """Return the adapters by the keys of their values."""
-        return dict(self._contents.adapters)
+        return dict(self._args.adapters)
 
     def readers(self) -> list[Adapter]:
         """Return the adapters that read a tensor."""
@@ -221,7 +163,7 @@ class LossArgs(keras.Layer):
                 f"LossArgs({self.loss!r}) was called with a {type(y_pred).__name__}, and takes the "
                 "one tensor that goes to its loss. For several outputs make one layer for each."
             )
-        if given is None and training is not None and self._takes("training"):
+        if given is None and training is not None and self._args.takes("training"):
             named["training"], training = training, None  # the user's argument, not Keras's
         # In one dict: Keras would take an argument `mask` for a mask.
         given = {**(given or {}), **named}
@@ -246,7 +188,7 @@ class LossArgs(keras.Layer):
                 self._prepared.discard(step.model)  # it may be compiled with another loss
             return y_pred
         try:
-            self._check(tensors, given)
+            self._args.check_call(tensors, given)
             if step is not None and step.model is not None:
                 self._prepare_once(step)
         except LossArgsError:
@@ -254,7 +196,7 @@ class LossArgs(keras.Layer):
             raise
         self._given.update(given)
         inputs = iter(tensors)
-        live = self._contents.live
+        live = self._args.live
         by_adapter = {one.adapter: given[one.label] for one in live if one.label in given}
         read = []
         for adapter in self.adapters:
@@ -281,7 +223,7 @@ class LossArgs(keras.Layer):
         given: Mapping[str, Any] | None = None,
     ) -> Any:
         """Return shape and dtype of the predictions."""
-        self._check(tensors, given or {})
+        self._args.check_call(tensors, given or {})
         return keras.KerasTensor(y_pred.shape, y_pred.dtype, sparse=y_pred.sparse)
 
     def names_given_to(self, loss: BoundLoss) -> list[str]:
@@ -290,48 +232,10 @@ class LossArgs(keras.Layer):
             return []
         return [*self.get_losses()[loss], *(name for name in self._given if loss.takes(name))]
 
-    def _takes(self, name: str) -> bool:
-        return any(loss.takes(name) for loss in self.get_losses())
-
-    def _check(self, tensors: Sequence[Any], given: Mapping[str, Any]) -> None:
-        for name in given:
-            if not self._takes(name):
-                known = {name for loss in self.get_losses() for name in loss.parameters}
-                raise AttachError(
-                    f"LossArgs({self.loss!r}) was called with {name!r}, which none of its losses "
-                    f"takes.{nearest(name, known)}"
-                )
-        for one in self._contents.live:
-            if not one.adapter.reads_tensor and one.name in given:
-                raise AttachError(
-                    f"{one.label!r} of {one.loss!r} was given twice: bound, and in the call of "
-                    "LossArgs. Leave it out of one of them."
-                )
-        readers = self.readers()
-        if tensors and len(tensors) != len(readers):
-            raise AttachError(
-                f"LossArgs({self.loss!r}) was called with {len(tensors)} tensors in a list, and "
-                f"reads {len(readers)}. Give tensors by name, self.loss_args(y_pred, name=...)."
-            )
-        fed = {a for a, tensor in zip(readers, tensors, strict=False) if tensor is not None}
-        unfed = [
-            one
-            for one in self._contents.live
-            if one.adapter.reads_tensor and one.adapter not in fed
-        ]
-        names = [one.name for one in unfed if one.name not in given]
-        if names:
-            raise AttachError(
-                f"{listed(names)} of {self.loss!r} is a symbolic tensor, or reads one, and this "
-                "call of LossArgs gives none. Let attach(y_pred, loss) connect it; in a subclassed "
-                f"model leave it unbound and give it in the call: "
-                f"self.loss_args(y_pred, {names[0]}=...)."
-            )
-
     def losses_to_log(self, values: StepValues) -> list[BoundLoss]:
         """Return the terms and tracked losses to evaluate in a step."""
         is_logged = values.step is not None and variables_can_be_assigned()
-        return [loss for loss, _ in self._contents.tracked] if is_logged else []
+        return [loss for loss, _ in self._args.tracked] if is_logged else []
 
     def finish_step(
         self,
@@ -348,24 +252,23 @@ class LossArgs(keras.Layer):
         if step is None or not variables_can_be_assigned():
             return
         by_adapter = values.by_adapter()
-        for live_value, adapter in self._contents.logged:
+        for live_value, adapter in self._args.logged:
             live_value.update_state(by_adapter[adapter])
         # Weighted by batch size, as Keras does its own.
         shape: Any = keras.ops.shape(y_pred)
         size = shape[0] if len(y_pred.shape) else None
-        for loss, metric in self._contents.tracked:
+        for loss, metric in self._args.tracked:
             value = keras.ops.stop_gradient(unscale_loss_for_distribution(losses[loss]))
             metric.update_state(keras.ops.mean(value), sample_weight=size)
-        for place, (loss, metric) in enumerate(self._contents.weights):
-            first = [one for one, _ in self._contents.weights].index(loss)
-            metric.update_state(weights[loss][place - first])
+        for loss, place, metric in self._args.weights:
+            metric.update_state(weights[loss][place])
         if step.training and step.keeps_state:
             values.finish_step()
 
     def _prepare_once(self, step: Step) -> None:
         # TensorFlow and JAX run this code only in traces.
         if keras.backend.backend() != "torch" or step.model not in self._prepared:
-            for one in self._contents.live:
+            for one in self._args.live:
                 for variable in (*one.adapter.weights, one.adapter.variable):
                     if variable is not None:
                         follow_in_epochs(variable, step.model)
@@ -389,7 +292,7 @@ class LossArgs(keras.Layer):
                 "and to compile. For a model that was loaded or cloned, take the `loss` of its "
                 "LossArgs layer. For another loss take model = detach(model)."
             )
-        for one in self._contents.live:
+        for one in self._args.live:
             if isinstance(one.adapter, LayerAdapter):
                 one.adapter.check_is_built(f"{one.label!r} of {self.loss!r}")
         settle_names(model)
@@ -425,7 +328,7 @@ class LossArgs(keras.Layer):
                 f"{self.loss!r} cannot be saved in the legacy HDF5 format, which knows no live "
                 'arguments. Save the model in the Keras format, model.save("model.keras").'
             )
-        for one in self._contents.live:
+        for one in self._args.live:
             if one.adapter in self._shared.value and not in_sharing_scope():
                 raise SavingError(
                     f"{one.label!r} of {self.loss!r} shares weights with the layer "

@@ -1,0 +1,139 @@
+"""The arguments of the losses of a `LossArgs` layer: their adapters and metrics."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lossargs._adapters import LayerAdapter
+from lossargs._balance import computed_weights
+from lossargs._errors import AttachError, listed, nearest
+from lossargs._live import Adapter, adapter_of
+from lossargs._logs import LiveArg, LiveValue, TrackedLoss, check_names
+from lossargs._loss import BoundLoss, check_is_bound
+from lossargs._values import cache_key, is_live
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The arguments of losses. Keras would wrap or track the parts as attributes of the layer."""
+
+    loss: BoundLoss  # the main loss
+    track: tuple[BoundLoss, ...]
+    losses: dict[BoundLoss, dict[str, Any]]  # with trees of the adapters of their arguments
+    adapters: dict[Any, Adapter]  # by the keys of the values
+    live: tuple[LiveArg, ...]
+    logged: tuple[tuple[LiveValue, Adapter], ...]
+    tracked: tuple[tuple[BoundLoss, TrackedLoss], ...]  # terms also
+    weights: tuple[tuple[BoundLoss, int, LiveValue], ...]  # that losses compute for their terms
+    names: tuple[str, ...]  # of the metrics of tracked losses and weights
+
+    def all_metrics(self) -> list[Any]:
+        """Return all metrics."""
+        return [metric for metric, _ in self.logged] + [one for _, one, _ in self.named_metrics()]
+
+    def named_metrics(self) -> list[tuple[BoundLoss, Any, str]]:
+        """Return the metrics of tracked losses and weights, with the loss and a name of each."""
+        weights = [(loss, metric) for loss, _, metric in self.weights]
+        pairs = zip((*self.tracked, *weights), self.names, strict=True)
+        return [(*pair, name) for pair, name in pairs]
+
+    def takes(self, name: str) -> bool:
+        """Return whether a loss has an argument of that name."""
+        return any(loss.takes(name) for loss in self.losses)
+
+    def check_call(self, tensors: Sequence[Any], given: Mapping[str, Any]) -> None:
+        """Raise unless a call of the layer gives each argument once.
+
+        Args:
+            tensors: The values for the adapters that read one, in order.
+            given: The arguments given by name.
+
+        Raises:
+            AttachError: An argument is unknown, missing or given twice.
+        """
+        for name in given:
+            if not self.takes(name):
+                known = {name for loss in self.losses for name in loss.parameters}
+                raise AttachError(
+                    f"LossArgs({self.loss!r}) was called with {name!r}, which none of its losses "
+                    f"takes.{nearest(name, known)}"
+                )
+        for one in self.live:
+            if not one.adapter.reads_tensor and one.name in given:
+                raise AttachError(
+                    f"{one.label!r} of {one.loss!r} was given twice: bound, and in the call of "
+                    "LossArgs. Leave it out of one of them."
+                )
+        readers = [one for one in dict.fromkeys(self.adapters.values()) if one.reads_tensor]
+        if tensors and len(tensors) != len(readers):
+            raise AttachError(
+                f"LossArgs({self.loss!r}) was called with {len(tensors)} tensors in a list, and "
+                f"reads {len(readers)}. Give tensors by name, self.loss_args(y_pred, name=...)."
+            )
+        fed = {a for a, tensor in zip(readers, tensors, strict=False) if tensor is not None}
+        unfed = [one for one in self.live if one.adapter.reads_tensor and one.adapter not in fed]
+        names = [one.name for one in unfed if one.name not in given]
+        if names:
+            raise AttachError(
+                f"{listed(names)} of {self.loss!r} is a symbolic tensor, or reads one, and this "
+                "call of LossArgs gives none. Let attach(y_pred, loss) connect it; in a subclassed "
+                f"model leave it unbound and give it in the call: "
+                f"self.loss_args(y_pred, {names[0]}=...)."
+            )
+
+
+def collect(
+    loss: BoundLoss, track: tuple[BoundLoss, ...], kept: Mapping[Any, Adapter]
+) -> Arguments:
+    """Return the arguments of a loss and of tracked losses, with those of their inner losses.
+
+    Args:
+        loss: The main loss.
+        track: The tracked losses.
+        kept: Adapters of a layer that is replaced, by the keys of their values.
+    """
+    for one in (loss, *track):
+        check_is_bound(one)
+    to_log = dict.fromkeys((*loss.all_terms(), *track))
+    check_names(["loss", *(one.name for one in to_log)], "Terms and track=[...]")
+    adapters: dict[Any, Adapter] = {}
+
+    def adapter(leaf: Any) -> Any:
+        if not is_live(leaf):
+            return leaf
+        key = cache_key(leaf)
+        if key not in adapters:
+            adapters[key] = kept[key].for_another_layer() if key in kept else adapter_of(leaf)
+        return adapters[key]
+
+    losses = {
+        inner: inner.live_args(adapter)
+        for one in (loss, *track)
+        for inner in (one, *one.inner_losses)
+    }
+    metrics: dict[tuple[str, Adapter], LiveValue] = {}
+    live: list[LiveArg] = []
+    weights: list[tuple[BoundLoss, int, LiveValue]] = []
+    for one in losses:
+        labels = enumerate(computed_weights(one))
+        weights += [(one, place, LiveValue(label)) for place, label in labels]
+        for name, label, leaf in one.live_leaves():
+            logged = (label, adapter(leaf))
+            if logged[1].shape == () and logged not in metrics:
+                metrics[logged] = LiveValue(label)
+            live.append(LiveArg(one, name, label, cache_key(leaf), logged[1], metrics.get(logged)))
+    for arg in live:
+        if isinstance(arg.adapter, LayerAdapter):
+            arg.adapter.check_is_alone(f"{arg.label!r} of {arg.loss!r}")
+    named: list[Any] = [*(TrackedLoss(name=one.name) for one in to_log)]
+    return Arguments(
+        loss=loss,
+        track=track,
+        losses=losses,
+        adapters=adapters,
+        live=tuple(live),
+        logged=tuple((metric, adapter) for (_, adapter), metric in metrics.items()),
+        tracked=tuple(zip(to_log, named, strict=True)),
+        weights=tuple(weights),
+        names=tuple(one.name for one in (*named, *(metric for _, _, metric in weights))),
+    )
