@@ -24,6 +24,7 @@ from lossargs._factory import LossFactory, with_args
 from lossargs._layer import LossArgs
 from lossargs._live import Adapter
 from lossargs._loss import BoundLoss
+from lossargs._schedule import BoundSchedule, ScheduleFactory, schedule
 
 __version__ = "0.1.0"
 
@@ -33,15 +34,18 @@ __all__ = [
     "AttachError",
     "BatchError",
     "BoundLoss",
+    "BoundSchedule",
     "DerivativeError",
     "LossArgs",
     "LossArgsError",
     "LossFactory",
     "SavingError",
+    "ScheduleFactory",
     "attach",
     "derivatives",
     "detach",
     "grad",
     "live_args",
+    "schedule",
     "with_args",
 ]
