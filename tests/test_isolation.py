@@ -97,7 +97,7 @@ def test_imports_go_in_one_direction():
     order = [
         *("_errors", "_backends", "_keras.graphs", "_keras.scopes", "_keras.steps", "_keras"),
         *("_autodiff", "_values", "_serialization", "_function", "_live", "_inputs", "_call"),
-        *("_sums", "_loss", "_balance", "_factory", "_adapters", "_logs", "_arguments", "_layer"),
+        *("_sums", "_loss", "_balance", "_factory", "_schedule", "_adapters", "_logs", "_arguments", "_layer"),
         *("_derivatives", "_models", "_attach", "balancing", "__init__", "__main__"),
     ]
     paths = {module_of(path): path for path in PACKAGE.rglob("*.py")}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, assert_type
 
-from lossargs import BoundLoss, LossFactory, with_args
+from lossargs import BoundLoss, BoundSchedule, LossFactory, ScheduleFactory, schedule, with_args
 
 
 @with_args
@@ -28,6 +28,23 @@ assert_type(shifted(shift="a variable, a schedule"), BoundLoss)
 assert_type(late(a=1.0), BoundLoss)
 assert_type(with_args(plain)(mask=1), BoundLoss)
 assert_type(with_args(plain, name="other")(), BoundLoss)
+
+
+@schedule
+def cyclical(step: Any, period: float, *, ratio: float = 0.5) -> Any:
+    return (step % period) / (ratio * period)
+
+
+@schedule(package="mine")
+def constant(step: Any) -> Any:
+    return 1.0 + 0 * step
+
+
+assert_type(cyclical(2000, ratio=1.0), BoundSchedule)
+assert_type(constant(), BoundSchedule)
+kept: ScheduleFactory[[]] = constant
+cyclical(ratio=0.5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+cyclical("long")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 renamed: LossFactory[...] = shifted.options(name="late", reduction=None)
 assert_type(shifted.options(dtype="float64")(1), BoundLoss)

@@ -25,6 +25,7 @@ from lossargs._factory import LossFactory, with_args
 from lossargs._layer import LossArgs
 from lossargs._live import Adapter
 from lossargs._loss import BoundLoss
+from lossargs._schedule import BoundSchedule, ScheduleFactory, schedule
 
 __version__ = "0.1.0"
 
@@ -34,16 +35,19 @@ __all__ = [
     "AttachError",
     "BatchError",
     "BoundLoss",
+    "BoundSchedule",
     "DerivativeError",
     "LossArgs",
     "LossArgsError",
     "LossFactory",
     "SavingError",
+    "ScheduleFactory",
     "attach",
     "balance",
     "derivatives",
     "detach",
     "grad",
     "live_args",
+    "schedule",
     "with_args",
 ]

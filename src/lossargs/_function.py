@@ -13,7 +13,7 @@ import keras
 
 from lossargs._errors import ArgumentError, LossArgsError, SavingError, listed, nearest
 from lossargs._keras import get_object_name
-from lossargs._serialization import NOT_LOSSES
+from lossargs._serialization import NOT_LOSSES, checked, decode, encode
 
 _registry: "dict[tuple[type, str], Function]" = {}
 
@@ -22,6 +22,7 @@ class Function:
     """A function of tensors and extra arguments, inspected once; `key` is its name when saved."""
 
     kind: ClassVar[str]  # of object that is made of it
+    keyword: ClassVar[str]  # argument of Keras that takes the object
     decorator: ClassVar[str]
     tensors: ClassVar[tuple[str, ...]]  # its first parameters
     reserved: ClassVar[tuple[str, ...]]  # names that no extra parameter can have
@@ -101,7 +102,7 @@ class Function:
             raise ArgumentError(
                 f"{self.name}() was given {len(args)} arguments by position and {listed(kwargs)} "
                 f"by name: {error}. It takes {self.signature}. If Keras was given {self.name} "
-                f"itself, call it: {self.name}(...)."
+                f"itself, call it: {self.keyword}={self.name}(...)."
             ) from None
         for extra in bound.keys() - self._named.keys():  # the dict of `**extra`
             bound |= bound.pop(extra)
@@ -146,6 +147,26 @@ class Function:
     def missing(self, given: Collection[str]) -> list[str]:
         """Return the extra parameters that have no default and are not given."""
         return [n for n, p in self._named.items() if p.default is p.empty and n not in given]
+
+    def get_config(
+        self, args: Mapping[str, Any], encode_live: Callable[[Any], Any]
+    ) -> dict[str, Any]:
+        """Return the function and these arguments as JSON."""
+        self.refuse_saving()
+        encoded = {
+            name: encode(value, f"{name!r} of {self.name}()", encode_live)
+            for name, value in args.items()
+        }
+        return {"function": self.key, "module": self.module, "args": encoded}
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], decode_live: Callable[[dict[str, Any]], Any]
+    ) -> tuple[Self, dict[str, Any]]:
+        """Return the function and the arguments that `get_config` described."""
+        args = checked(config, "args", dict).items()
+        function = cls.find(checked(config, "function", str), checked(config, "module", str))
+        return function, function.bind((), {name: decode(v, decode_live) for name, v in args})
 
     def refuse_saving(self) -> None:
         """Raise if a saved loss could not find this function when it is loaded."""
@@ -234,7 +255,7 @@ class Function:
 class LossFunction(Function):
     """A function of `(y_true, y_pred, **extra)`."""
 
-    kind, decorator = "loss", "with_args"
+    kind, keyword, decorator = "loss", "loss", "with_args"
     tensors = ("y_true", "y_pred")
     reserved = (*tensors, "sample_weight")  # arguments of Keras
     library = keras.losses

@@ -39,6 +39,9 @@ _INSTEAD: dict[type, tuple[str, str]] = {
 }
 _VARIABLES = {"Variable", "Parameter"}  # classes of the backends, and of Flax
 
+# Objects of these classes that are equal compute the same.
+_COMPARABLE = (keras.losses.Loss, keras.optimizers.schedules.LearningRateSchedule)
+
 # Types whose values a model can follow; `lossargs.Adapter` adds to them.
 live_types: list[type] = []
 
@@ -215,7 +218,7 @@ def _pickled(value: Any) -> bytes | None:
 def cache_key(value: Any) -> Hashable:
     """Return a key of a bound value that is equal for two values only if they compute the same."""
     cls: Any = type(value)
-    if is_live(value):
+    if is_live(value) and not (isinstance(value, _COMPARABLE) and cls.__hash__):
         return cls, id(value)  # the current value of a variable does not count
     if isinstance(value, dict):
         return dict, tuple((cache_key(k), cache_key(v)) for k, v in value.items())
@@ -225,7 +228,7 @@ def cache_key(value: Any) -> Hashable:
         return cls, value.dtype, value.shape, hashlib.blake2b(value.tobytes()).digest()
     if cls in (float, complex):
         return cls, repr(value)  # 0.0 and -0.0 are equal, NaN is not
-    if cls in _ATOMS or cls.__eq__ is object.__eq__ or isinstance(value, keras.losses.Loss):
+    if cls in _ATOMS or cls.__eq__ is object.__eq__ or isinstance(value, _COMPARABLE):
         return cls, value
     # P(1) and P(True) are equal, and have other pickles.
     return cls, _pickled(value) or id(value)
@@ -259,6 +262,7 @@ def _format_leaf(value: Any) -> str:
         return f"<{'trainable ' * value.trainable}variable {value.name!r}>"
     if isinstance(value, keras.KerasTensor):
         return f"<symbolic tensor {value.name!r} {value.shape}>"
-    if is_live(value) and not isinstance(value, keras.Layer):
-        return f"<{type(value).__name__}>"
-    return str(value) if is_live(value) else repr(value)
+    if isinstance(value, keras.Layer):
+        return str(value)
+    cls: Any = type(value)
+    return f"<{cls.__name__}>" if cls.__repr__ is object.__repr__ else repr(value)
