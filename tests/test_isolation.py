@@ -1,14 +1,17 @@
-"""The package imports no backend and leaves `KERAS_BACKEND` alone."""
+"""The package imports no backend, leaves `KERAS_BACKEND` alone, and keeps private names apart."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 import lossargs
-from helpers import BACKEND, run_python
+from helpers import BACKEND, TESTS, run_python
 
 PACKAGE = Path(lossargs.__file__).parent
+TREES = {path.name: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")}
+BACKENDS = ("jax", "tensorflow", "torch")
 
 # Prints what modules whose name starts with "lossargs" import of the backends, even if loaded.
 WATCHED = """
@@ -18,83 +21,69 @@ before, plain, found = dict(os.environ), builtins.__import__, []
 
 def watching(name, globals=None, locals=None, fromlist=(), level=0):
     importer = (globals or {{}}).get("__name__", "")
-    if importer.startswith("lossargs") and name.split(".")[0] in ("jax", "tensorflow", "torch"):
+    if importer.startswith("lossargs") and name.split(".")[0] in {backends!r}:
         found.append((importer, name))
     return plain(name, globals, locals, fromlist, level)
 
 builtins.__import__ = watching
-sys.path.insert(0, {path!r})
+sys.path[:0] = {paths!r}
 import lossargs
-{extra}
 assert dict(os.environ) == before
+print(found)
+import lossargs_cheat
 print(found)
 """
 
 
-def test_no_backend_is_imported():
-    assert run_python(WATCHED.format(path=str(PACKAGE.parent), extra="")).strip() == "[]"
-
-
 @pytest.mark.skipif(BACKEND == "numpy", reason="nothing to import")
-def test_that_test_can_fail(tmp_path):
+def test_no_backend_is_imported(tmp_path):
     (tmp_path / "lossargs_cheat.py").write_text(f"import {BACKEND}\n")
-    extra = f"sys.path.insert(0, {str(tmp_path)!r}); import lossargs_cheat"
-    output = run_python(WATCHED.format(path=str(PACKAGE.parent), extra=extra)).strip()
-    assert output == f"[('lossargs_cheat', '{BACKEND}')]"
+    paths = [str(tmp_path), str(PACKAGE.parent)]
+    found = run_python(WATCHED.format(backends=BACKENDS, paths=paths)).splitlines()
+    assert found == ["[]", f"[('lossargs_cheat', '{BACKEND}')]"]  # and so the test can fail
 
 
-def test_private_names_of_keras_live_in_one_module():
-    users = set()
-    for path in PACKAGE.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("keras.src"):
-                users.add(path.name)
-    assert users == {"_keras.py"}
+def imported():
+    """The file and the name of each module that the package imports, and where."""
+    for file, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                yield from ((file, alias.name) for alias in node.names)
+            if isinstance(node, ast.ImportFrom):
+                yield file, node.module or ""
 
 
-def private_attributes(*, of_others):
-    """Those that the package uses, of objects other than `self` and `cls`; or those it makes."""
-    for path in PACKAGE.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not of_others:
-                yield path.name, node.name
-            if isinstance(node, ast.AnnAssign) and not of_others:
-                yield path.name, getattr(node.target, "id", "")
-            if isinstance(node, ast.Attribute):
-                is_own = getattr(node.value, "id", "") in ("self", "cls")
-                if of_others != is_own:
-                    yield path.name, node.attr
+def test_one_module_names_backends_and_one_what_is_private_in_keras():
+    assert {f for f, name in imported() if name.split(".")[0] in BACKENDS} == {"_autodiff.py"}
+    assert {f for f, name in imported() if name.startswith("keras.src")} == {"_keras.py"}
 
 
 def test_private_attributes_of_others_are_used_in_one_module():
-    own = {name for _, name in private_attributes(of_others=False)}
-    others = {
+    own, others = set(), set()
+    for file, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                own.add(node.name)
+            if isinstance(node, ast.AnnAssign):
+                own.add(getattr(node.target, "id", ""))
+            if isinstance(node, ast.Attribute):
+                is_own = getattr(node.value, "id", "") in ("self", "cls")
+                own |= {node.attr} if is_own else set()
+                others |= set() if is_own else {(file, node.attr)}
+    private = {
         (file, name)
-        for file, name in private_attributes(of_others=True)
+        for file, name in others
         if name.startswith("_") and not name.endswith("__") and name not in own
     }
-    assert {file for file, _ in others} == {"_keras.py"}, others
+    assert {file for file, _ in private} == {"_keras.py"}, private
 
 
-def test_one_module_names_backends():
-    users = set()
-    for path in PACKAGE.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            if any(name.split(".")[0] in ("jax", "tensorflow", "torch") for name in names):
-                users.add(path.name)
-    assert users == {"_autodiff.py"}
-
-
-def test_imports_go_in_one_direction():
-    order = [
-        *("_errors", "_backends", "_keras", "_autodiff", "_values", "_serialization", "_function"),
-        *("_live", "_call", "_loss", "_factory", "_layer", "_derivatives", "_attach"),
-        *("__init__", "__main__"),
-    ]
-    assert {path.stem for path in PACKAGE.glob("*.py")} == set(order)
-    for place, module in enumerate(order):
-        for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lossargs."):
-                assert order.index(node.module.removeprefix("lossargs.")) < place
+def test_imports_go_in_the_order_that_contributing_tells():
+    text = (TESTS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.partition("| module | holds |")[2].partition("\n\n")[0]
+    order = [*re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE), "__init__"]
+    assert sorted(f"{name}.py" for name in order) == sorted(TREES)
+    for file, name in imported():
+        if name.startswith("lossargs."):
+            module = name.removeprefix("lossargs.")
+            assert order.index(module) < order.index(file.removesuffix(".py")), (file, name)
