@@ -150,30 +150,3 @@ def test_step_that_torch_compiles(data, monkeypatch):
         model.reset_metrics()
         assert model.train_on_batch(data.x, data.y, return_dict=True)["step"] == step
         assert logs_of(model, data.x, data.y)["step"] == step + 1
-
-
-@pytest.mark.skipif(BACKEND != "jax", reason="steps that pass their state on")
-def test_own_step_that_freezes_a_weight():
-    class Own(keras.Sequential):
-        def compute_loss_and_updates(self, trainable, fixed, x, y):
-            y_pred, fixed = self.stateless_call(trainable, fixed, x, training=True)
-            return self.compute_loss(x, y, y_pred), fixed
-
-        def train_step(self, state, data):
-            import jax
-
-            trainable, fixed, optimizer, metrics = state
-            step = jax.value_and_grad(self.compute_loss_and_updates, has_aux=True)
-            (loss, fixed), gradients = step(trainable, fixed, *data[:2])
-            trainable, optimizer = self.optimizer.stateless_apply(optimizer, gradients, trainable)
-            return {"loss": loss}, (trainable, fixed, optimizer, metrics)
-
-    model = Own([keras.Input((3,)), keras.layers.Dense(1)])
-
-    @with_args
-    def decay(y_true, y_pred, scale):
-        return squares(y_true, y_pred) + scale * ops.sum(ops.square(model.layers[0].kernel))
-
-    model.compile("sgd", loss=decay(0.1))
-    with pytest.raises(ArgumentError, match=r"outside .* state.*stateless_compute_loss"):
-        model.train_on_batch(X, Y)
