@@ -313,6 +313,8 @@ def bench(session: nox.Session, backend: str) -> None:
     """Measure lossargs beside the hand-written way on one backend; `-- --turns 4` for a look."""
     install(session, backend)
     BENCH_RESULTS.mkdir(parents=True, exist_ok=True)
+    if backend == "torch":
+        session.run("python", "benchmarks/calls.py", f"--json={BENCH_RESULTS / 'calls-torch.json'}")
     for name, script in (("bench", "bench.py"), ("derivatives", "bench_derivatives.py")):
         session.run(
             "python", f"benchmarks/{script}", f"--backend={backend}",

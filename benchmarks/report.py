@@ -95,6 +95,18 @@ def in_short(records):
     return table("l" + "r" * len(head), ("", *head), *body)
 
 
+def calls(records):
+    """Python and C calls of a step on PyTorch, beside those of the first way."""
+    rows = [("", "written as", "Python calls", "C calls", "beside by hand")]
+    for name, ways in records[0]["calls"].items():
+        base = sum(next(iter(ways.values())).values())
+        rows += [
+            (name, way, *(f"{n:,}" for n in one.values()), f"{sum(one.values()) / base:.3f}")
+            for way, one in ways.items()
+        ]
+    return table("llrrr", *rows)
+
+
 def changes(records):
     """A new value, in steps of training."""
     rows = [("", "plain step, ms", "assign, and step", "compile again, and step", "traces for 100")]
@@ -207,6 +219,7 @@ def read(folder, benchmark):
 
 def main(options):
     here = ROOT / "benchmarks" / "README.md"
+    put(here, "calls", calls(read(options.results, "calls")))
     found = read(options.results, "derivatives")
     put(here, "derivatives", f"{derivatives(found)}\n\n{measured_with(found)}")
     found = read(options.results, "bench")

@@ -1,6 +1,6 @@
 """The collectives in a step of training on two devices, by hand and with lossargs, as JSON.
 
-Run by `test_engines.py`.
+Run by `test_distributed.py`.
 """
 
 import collections

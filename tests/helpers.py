@@ -1,14 +1,17 @@
 """What several test modules use."""
 
 import collections
+import contextlib
 import gc
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import keras
 import numpy as np
+import pytest
 
 from lossargs import LossArgs, LossArgsError, attach
 
@@ -52,6 +55,15 @@ def gradient(function: object, value: np.ndarray) -> np.ndarray:
     tensor = torch.tensor(value, requires_grad=True)
     function(tensor).backward()
     return tensor.grad.numpy()
+
+
+@contextlib.contextmanager
+def raising(kind: type[Exception], *words: str) -> Iterator[None]:
+    """Fail unless an error of this class is raised, whose text has all these words."""
+    with pytest.raises(kind) as caught:
+        yield
+    text = " ".join(str(caught.value).split())
+    assert [word for word in words if word not in text] == [], text
 
 
 def message_of(error: LossArgsError) -> str:

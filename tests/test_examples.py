@@ -86,15 +86,11 @@ def digits(count=64):
     ("arguments", "words"),
     [
         ("--epochs 0", "--epochs: must be at least 1 and below 2**32, not 0"),
-        ("--batch-size -1", "--batch-size: must be at least 1 and below 2**32, not -1"),
-        ("--epochs many", "--epochs: invalid whole_number value: 'many'"),
-        ("--seed -1", "--seed: must be at least 0 and below 2**32, not -1"),
         ("--shift ten", "--shift: invalid number value: 'ten'"),
         ("--shift nan", "--shift: must lie within 1,000,000,000 of 0, not nan"),
         ("--backend theano", "--backend: invalid choice: 'theano'"),
         ("--shfit 5", "unrecognized arguments: --shfit 5"),
         ("--json no/such/run.json", "--json: there is no folder 'no/such'"),
-        ("--plot no/such/run.png", "--plot: there is no folder 'no/such'"),
         ("--json .", "--json: cannot write a file '.'"),
     ],
 )
@@ -123,14 +119,10 @@ def test_a_missing_package_or_backend_is_named(mnist, refused, monkeypatch):
     [
         ({"x_test": None, "y_train": None}, "lacks y_train, x_test"),
         ({"x_train": np.zeros((256, 27, 28))}, "x_train is float64 (256, 27, 28)"),
-        ({"x_test": np.zeros((64, 784), dtype="S1")}, "x_test is |S1 (64, 784)"),
         ({"x_test": np.zeros((0, 784))}, "x_test is float64 (0, 784)"),
-        ({"x_test": np.array(0)}, "x_test is int64 ()"),
         ({"y_train": np.zeros(255, dtype=int)}, "y_train is int64 (255,), and not 256 whole"),
-        ({"y_test": np.zeros((64, 10), dtype=int)}, "y_test is int64 (64, 10)"),
         ({"y_test": np.zeros(64)}, "y_test is float64 (64,)"),
         ({"y_test": np.full(64, 10)}, "from 0 to 9"),
-        ({"y_test": np.full(64, -1)}, "from 0 to 9"),
         ({"y_test": np.full(64, None)}, "is not an .npz file of arrays"),
     ],
 )

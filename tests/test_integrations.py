@@ -53,28 +53,6 @@ def test_early_stopping(data, monitor):
     assert logs_of(model, data.x, data.y) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("weights_only", [True, False])
-def test_model_checkpoint(tmp_path, data, weights_only):
-    shift = fixed(0.0)
-    path = tmp_path / ("best.weights.h5" if weights_only else "best.keras")
-    checkpoint = keras.callbacks.ModelCheckpoint(
-        path, "val_shift", mode="min", save_best_only=True, save_weights_only=weights_only
-    )
-    model = attached(losses.flexible(shift=shift, step=step_itself()))
-    fitted(model, data, up_and_down(shift), checkpoint, batch_size=12)
-    assert to_float(shift) == SHIFTS[-1]
-    if weights_only:
-        model.load_weights(path)
-        best = model
-    else:
-        best = keras.saving.load_model(path)
-        assert live_args(best)["shift"] is not shift
-    expected = {"loss": error_of(data) + 3, "shift": 0, "step": 3}
-    assert logs_of(best, data.x, data.y) == pytest.approx(expected, rel=1e-5)
-    live_args(best)["shift"].assign(4)
-    assert logs_of(best, data.x, data.y)["loss"] == pytest.approx(error_of(data) + 7, rel=1e-5)
-
-
 def test_learning_rates(data):
     """Callbacks set the optimizer's rate; a schedule in the loss counts steps."""
     shift = fixed(0.0)

@@ -1,14 +1,23 @@
-"""The package imports no backend and leaves `KERAS_BACKEND` alone."""
+"""The package imports no backend, leaves `KERAS_BACKEND` alone, and keeps private names apart."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 import lossargs
-from helpers import BACKEND, run_python
+from helpers import BACKEND, TESTS, run_python
 
 PACKAGE = Path(lossargs.__file__).parent
+PATHS = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in PACKAGE.rglob("*.py")
+}
+# The parts of `_keras` are one module here.
+TREES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
+MODULES = {name.partition(".")[0] for name in TREES}
+BACKENDS = ("jax", "tensorflow", "torch")
 
 # Prints what modules whose name starts with "lossargs" import of the backends, even if loaded.
 WATCHED = """
@@ -18,91 +27,70 @@ before, plain, found = dict(os.environ), builtins.__import__, []
 
 def watching(name, globals=None, locals=None, fromlist=(), level=0):
     importer = (globals or {{}}).get("__name__", "")
-    if importer.startswith("lossargs") and name.split(".")[0] in ("jax", "tensorflow", "torch"):
+    if importer.startswith("lossargs") and name.split(".")[0] in {backends!r}:
         found.append((importer, name))
     return plain(name, globals, locals, fromlist, level)
 
 builtins.__import__ = watching
-sys.path.insert(0, {path!r})
+sys.path[:0] = {paths!r}
 import lossargs
-{extra}
 assert dict(os.environ) == before
+print(found)
+import lossargs_cheat
 print(found)
 """
 
 
-def test_no_backend_is_imported():
-    assert run_python(WATCHED.format(path=str(PACKAGE.parent), extra="")).strip() == "[]"
-
-
 @pytest.mark.skipif(BACKEND == "numpy", reason="nothing to import")
-def test_that_test_can_fail(tmp_path):
+def test_no_backend_is_imported(tmp_path):
     (tmp_path / "lossargs_cheat.py").write_text(f"import {BACKEND}\n")
-    extra = f"sys.path.insert(0, {str(tmp_path)!r}); import lossargs_cheat"
-    output = run_python(WATCHED.format(path=str(PACKAGE.parent), extra=extra)).strip()
-    assert output == f"[('lossargs_cheat', '{BACKEND}')]"
+    paths = [str(tmp_path), str(PACKAGE.parent)]
+    found = run_python(WATCHED.format(backends=BACKENDS, paths=paths)).splitlines()
+    assert found == ["[]", f"[('lossargs_cheat', '{BACKEND}')]"]  # and so the test can fail
 
 
-def test_private_names_of_keras_live_in_one_module():
-    users = set()
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("keras.src"):
-                users.add(module_of(path).partition(".")[0])
-    assert users == {"_keras"}
+def imported():
+    """The name of each module, and of each that it imports."""
+    for name, tree in TREES.items():
+        module = name.partition(".")[0]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                yield from ((module, alias.name) for alias in node.names)
+            if isinstance(node, ast.ImportFrom):
+                yield module, node.module or ""
 
 
-def module_of(path):
-    """The name of a module within the package, e.g. `_keras.steps`."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
-
-
-def private_attributes(*, of_others):
-    """Those that the package uses, of objects other than `self` and `cls`; or those it makes."""
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not of_others:
-                yield module_of(path).partition(".")[0], node.name
-            if isinstance(node, ast.AnnAssign) and not of_others:
-                yield module_of(path).partition(".")[0], getattr(node.target, "id", "")
-            if isinstance(node, ast.Attribute):
-                is_own = getattr(node.value, "id", "") in ("self", "cls")
-                if of_others != is_own:
-                    yield module_of(path).partition(".")[0], node.attr
+def test_one_module_names_backends_and_one_what_is_private_in_keras():
+    assert {f for f, name in imported() if name.split(".")[0] in BACKENDS} == {"_autodiff"}
+    assert {f for f, name in imported() if name.startswith("keras.src")} == {"_keras"}
 
 
 def test_private_attributes_of_others_are_used_in_one_module():
-    own = {name for _, name in private_attributes(of_others=False)}
-    others = {
+    own, others = set(), set()
+    for file, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                own.add(node.name)
+            if isinstance(node, ast.AnnAssign):
+                own.add(getattr(node.target, "id", ""))
+            if isinstance(node, ast.Attribute):
+                is_own = getattr(node.value, "id", "") in ("self", "cls")
+                own |= {node.attr} if is_own else set()
+                others |= set() if is_own else {(file.partition(".")[0], node.attr)}
+    private = {
         (file, name)
-        for file, name in private_attributes(of_others=True)
+        for file, name in others
         if name.startswith("_") and not name.endswith("__") and name not in own
     }
-    assert {file for file, _ in others} == {"_keras"}, others
+    assert {file for file, _ in private} == {"_keras"}, private
 
 
-def test_one_module_names_backends():
-    users = set()
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            if any(name.split(".")[0] in ("jax", "tensorflow", "torch") for name in names):
-                users.add(path.name)
-    assert users == {"_autodiff.py"}
-
-
-def test_imports_go_in_one_direction():
-    order = [
-        *("_errors", "_backends", "_keras.graphs", "_keras.scopes", "_keras.steps", "_keras"),
-        *("_autodiff", "_values", "_serialization", "_function", "_live", "_inputs", "_call"),
-        *("_sums", "_loss", "_balance", "_factory", "_schedule", "_adapters", "_logs", "_arguments", "_layer"),
-        *("_derivatives", "_models", "_attach", "balancing", "__init__", "__main__"),
-    ]
-    paths = {module_of(path): path for path in PACKAGE.rglob("*.py")}
-    assert set(paths) == set(order)
-    for place, module in enumerate(order):
-        for node in ast.walk(ast.parse(paths[module].read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lossargs."):
-                assert order.index(node.module.removeprefix("lossargs.")) < place
+def test_imports_go_in_the_order_that_contributing_tells():
+    text = (TESTS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.partition("| module | holds |")[2].partition("\n\n")[0]
+    order = [*re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE), "__init__"]
+    assert sorted(order) == sorted(MODULES)
+    for module, name in imported():
+        if name.startswith("lossargs."):
+            other = name.removeprefix("lossargs.").partition(".")[0]
+            assert order.index(other) < order.index(module) or other == module == "_keras"

@@ -12,14 +12,12 @@ import pytest
 
 import killed
 from helpers import TESTS
-from lossargs import live_args
 
 pytestmark = pytest.mark.fit
 ALL = range(killed.EPOCHS * killed.STEPS)
 QUICK = 2 * killed.STEPS + 3
 RANDOM = sorted(map(int, np.random.default_rng(6).choice(ALL, 10, replace=False)))
 EACH = [QUICK, *(pytest.param(step, marks=pytest.mark.nightly) for step in RANDOM)]
-WAYS = ["backup", "model", pytest.param("weights", marks=pytest.mark.nightly)]
 
 
 def run(folder, *options, ways=killed.WAYS):
@@ -92,7 +90,7 @@ def test_uninterrupted_run_moves_every_value(uninterrupted):
     np.testing.assert_allclose(history["by_step"], 1 - 0.75 ** (ends - 1.0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", killed.WAYS)
 @pytest.mark.parametrize("step", EACH)
 def test_killed_after_a_step(uninterrupted, killed_after, tmp_path, step, way):
     folder = shutil.copytree(killed_after(step), tmp_path / "again")
@@ -103,7 +101,7 @@ def test_killed_after_a_step(uninterrupted, killed_after, tmp_path, step, way):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", killed.WAYS)
 def test_killed_while_a_file_is_written(uninterrupted, tmp_path, way):
     kill(tmp_path, "--kill-in-file=2", ways=[way])
     newest = max((tmp_path / way).glob("*[!p]"), key=lambda file: file.stat().st_mtime)
@@ -120,28 +118,3 @@ def test_killed_between_the_two_files_of_a_backup(uninterrupted, tmp_path):
     kill(tmp_path, "--kill-between-files=2", ways=["backup"])
     result, _ = resume(tmp_path, "backup")
     assert_same(result, result_of(uninterrupted), first_epoch=2)
-
-
-FORGOTTEN = {
-    "nothing": lambda model: None,
-    "schedule": lambda model: step_of(model).assign(0),
-    "by_step": lambda model: live_args(model)["by_step"].assign(0.0),
-    "log_var": lambda model: live_args(model)["log_var"].assign(0.5),
-}
-
-
-def step_of(model):
-    return next(v for v in model.non_trainable_variables if v.path.endswith("/step"))
-
-
-@pytest.mark.parametrize("what", FORGOTTEN)
-def test_these_tests_fail_if_a_value_is_lost(uninterrupted, tmp_path, what):
-    model = keras.saving.load_model(uninterrupted / "model" / "002.keras")
-    FORGOTTEN[what](model)
-    killed.train(model, 2, tmp_path)
-    expected, result = result_of(uninterrupted), result_of(tmp_path)
-    if what == "nothing":
-        assert_same(result, expected, first_epoch=2)
-        return
-    with pytest.raises(AssertionError):
-        assert_same(result, expected, first_epoch=2)

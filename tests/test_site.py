@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 import lossargs
-from helpers import message_of
 from lossargs import LossArgsError
 from lossargs._errors import DOCUMENTATION
 
@@ -58,21 +57,12 @@ def sections():
     }
 
 
-def test_there_is_a_section_for_each_error():
-    assert set(sections()) == {*ERRORS, "ModuleNotFoundError"}
-
-
-def test_each_message_of_the_library_is_on_the_page():
-    found = list(messages())
+def test_errors_and_their_page_agree():
+    known, found = sections(), list(messages())
+    assert set(known) == {*ERRORS, "ModuleNotFoundError"}
     assert len(found) > 50
-    known = sections()
     for name, said in found:
         assert any(is_message(term, said) for term in known[name]), f"{name}: {said}"
-
-
-def test_each_message_on_the_page_is_one_of_the_library():
-    found = list(messages())
-    known = sections()
     for name in ERRORS:
         for term in known[name]:
             said = (text for error, text in found if error == name)
@@ -81,46 +71,26 @@ def test_each_message_on_the_page_is_one_of_the_library():
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_an_error_leads_to_its_section(name):
-    error = ERRORS[name]("what is wrong")
-    assert str(error) == "what is wrong"
-    assert error.__notes__ == [f"More: {DOCUMENTATION}errors/#{name.lower()}"]
-
-
-def test_the_link_of_a_subclass_leads_to_what_is_documented():
-    class OwnError(lossargs.BatchError):
+    class OwnError(ERRORS[name]):
         pass
 
-    assert OwnError("wrong").__notes__ == [f"More: {DOCUMENTATION}errors/#batcherror"]
+    for cls in (ERRORS[name], OwnError):
+        error = cls("what is wrong")
+        for one in (error, copy.copy(error)):
+            assert str(one) == "what is wrong"
+            assert one.__notes__ == [f"More: {DOCUMENTATION}errors/#{name.lower()}"]
+    assert pickle.loads(pickle.dumps(ERRORS[name]("wrong"))).__notes__ == error.__notes__
 
 
-@pytest.mark.parametrize("copied", [copy.copy, lambda error: pickle.loads(pickle.dumps(error))])
-def test_a_copy_of_an_error_has_the_link_once(copied):
-    error = copied(lossargs.SavingError("wrong"))
-    assert message_of(error) == "wrong"
-    assert len(error.__notes__) == 1
-
-
-def test_one_address_is_said_everywhere():
+def test_the_site_has_one_address_and_reaches_all():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["urls"]["Documentation"] == DOCUMENTATION
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert re.findall(r"^site_url: (.*)$", config, flags=re.MULTILINE) == [DOCUMENTATION]
-
-
-def test_every_public_name_is_in_the_reference():
+    assert project["urls"]["Documentation"] == DOCUMENTATION
     documented = re.findall(r"^::: lossargs\.(\w+)$", page("reference.md"), flags=re.MULTILINE)
     assert sorted(documented) == sorted(PUBLIC)
-
-
-def test_every_page_is_reached():
-    config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    _, _, navigation = config.partition("\nnav:\n")
-    reached = re.findall(r"\S+\.md$", navigation, flags=re.MULTILINE)
     docs = ROOT / "docs"
+    reached = re.findall(r"\S+\.md$", config.partition("\nnav:\n")[2], flags=re.MULTILINE)
     assert sorted(reached) == sorted(str(path.relative_to(docs)) for path in docs.rglob("*.md"))
-
-
-def test_every_picture_is_named():
-    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md"))
-    for picture in (ROOT / "docs").glob("*.png"):
-        assert f"({picture.name})" in text, picture
+    text = "".join(path.read_text(encoding="utf-8") for path in docs.rglob("*.md"))
+    assert [one for one in docs.glob("*.png") if f"({one.name})" not in text] == []

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from lossargs import LossArgs, attach
+from lossargs import attach
 from losses import kl_term, vae_loss
 
 SIZE, LATENT = 6, 2
@@ -36,11 +36,11 @@ def tensors(sampled=True):
     return x, z_mean, z_log_var, keras.layers.Dense(SIZE, name="x_hat")(z)
 
 
-def model_and_loss(beta, track=True, sampled=True):
+def model_and_loss(beta, sampled=True):
     x, z_mean, z_log_var, x_hat = tensors(sampled)
     loss = vae_loss(z_mean=z_mean, z_log_var=z_log_var, beta=beta)
-    tracked = [kl_term(z_mean=z_mean, z_log_var=z_log_var)] if track else []
-    return keras.Model(x, attach(x_hat, loss, track=tracked)), loss
+    kl = kl_term(z_mean=z_mean, z_log_var=z_log_var)
+    return keras.Model(x, attach(x_hat, loss, track=[kl])), loss
 
 
 class ByHand(keras.Model):
@@ -69,24 +69,3 @@ class ByHand(keras.Model):
         self.kl_metric.update_state(kl, sample_weight=ops.shape(y)[0])
         self.beta_metric.update_state(beta)
         return error + beta * kl
-
-
-@keras.saving.register_keras_serializable("vaes")
-class Subclassed(keras.Model):
-    """A model whose mask is made in its `call`."""
-
-    def __init__(self, loss, **kwargs):
-        super().__init__(**kwargs)
-        self.dense = keras.layers.Dense(2)
-        self.loss_args = LossArgs(loss)
-
-    def call(self, x):
-        y = self.dense(x)
-        return self.loss_args(y, mask=y > 0)
-
-    def get_config(self):
-        return {**super().get_config(), "loss": self.loss_args.loss}
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(keras.saving.deserialize_keras_object(config.pop("loss")), **config)
