@@ -108,18 +108,17 @@ def test_a_folder_is_no_backend(monkeypatch, tmp_path):
 
 
 OTHERS = [name for name in PACKAGES if name != PACKAGE]
-NO_BACKEND = {
-    "torch": ("KERAS_BACKEND", PACKAGES, None, "'torch' is not installed"),
-    "numpy": ("KERAS_BACKEND", PACKAGES, None, "'jax' is not installed"),
-    "pytorch": ("KERAS_BACKEND", PACKAGES, None, "Keras has no such backend. Did you mean 'torch'"),
-    "tensorflow": ("Keras's default", PACKAGES, None, "'tensorflow' is not installed"),
-    OTHERS[0]: ("keras.json", OTHERS, {"backend": OTHERS[0]}, f"{OTHERS[0]!r} is not installed"),
-}
+NO_BACKEND = [
+    ("torch", "KERAS_BACKEND", PACKAGES, None, "'torch' is not installed"),
+    ("numpy", "KERAS_BACKEND", PACKAGES, None, "'jax' is not installed"),
+    ("pytorch", "KERAS_BACKEND", PACKAGES, None, "Keras has no such backend. Did you mean 'torch'"),
+    ("tensorflow", "", PACKAGES, None, "'tensorflow' is not installed"),  # Keras's default
+    (OTHERS[0], "keras.json", OTHERS, {"backend": OTHERS[0]}, f"{OTHERS[0]!r} is not installed"),
+]
 
 
-@pytest.mark.parametrize("backend", NO_BACKEND)
-def test_no_backend(run, backend):
-    source, hidden, config, problem = NO_BACKEND[backend]
+@pytest.mark.parametrize(("backend", "source", "hidden", "config", "problem"), NO_BACKEND)
+def test_no_backend(run, backend, source, hidden, config, problem):  # noqa: PLR0913, PLR0917
     by_environment = backend if source == "KERAS_BACKEND" else ""
     done = run("-c", "import lossargs", backend=by_environment, hidden=hidden, config=config)
     assert done.returncode == 1
