@@ -18,6 +18,7 @@ from lossargs._keras import (
     ancestors,
     get_keras_mask,
     in_sharing_scope,
+    in_symbolic_scope,
     output_specs,
     set_keras_mask,
 )
@@ -214,13 +215,19 @@ class Derivatives(LayerOfOthers):
         # Each layer inside casts its inputs.
         super().__init__(**{**kwargs, "dtype": keras.config.floatx(), "autocast": False})
         self.supports_masking = True
-        self.operations = _distinct(operation for operation, _, _ in calls)  # tracked by Keras
-        if not all(isinstance(one, keras.Operation) for one in self.operations):
+        operations = _distinct(operation for operation, _, _ in calls)
+        if not all(isinstance(one, keras.Operation) for one in operations):
             raise TypeError("one of its operations is no layer")
+        inner: list[Any] = [one for one in operations if isinstance(one, Derivatives)]
+        self.order: int = max(map(len, paths)) - 1 + max((one.order for one in inner), default=0)
+        # For Keras to find the layers.
+        self.operations: list[Any] = _distinct(
+            itertools.chain(operations, *(one.operations for one in inner))
+        )
         # In a namespace, where Keras does not wrap lists for tracking.
         self.program = types.SimpleNamespace(calls=calls, paths=paths)
         self._is_read = True
-        self._is_trainable = False
+        self._tried_order = 0
 
     def replay(self, inputs: list[Any], training: bool | None = None) -> dict[int, Any]:
         """Return the inputs and the results of the calls, by their indices."""
@@ -251,6 +258,7 @@ class Derivatives(LayerOfOthers):
     def call(self, inputs: list[Any], originals: Any = (), training: Any = None) -> list[Any]:  # noqa: ARG002
         """Return the derivatives; a model computes `originals` for the state of their layers."""
         paths = self.program.paths
+        order = self.order + bool(training)
         given = dict(enumerate(inputs))
         xs = {x: given[x] for path in paths for x in path[1:]}
 
@@ -264,21 +272,20 @@ class Derivatives(LayerOfOthers):
 
         try:
             gradients = differentiate(function, xs, paths)
-            if training and not self._is_trainable:
+            if order > self._tried_order and not in_symbolic_scope():
                 # A probe reads no variables around it.
                 state = [(variable, variable.value) for variable in self.variables]
-                longer = [(*path, path[-1]) for path in paths if path[1:]]
-                probe(functools.partial(function, state=state), xs, longer)
-                self._is_trainable = True
+                tried = [(*path, path[-1]) if training else path for path in paths if path[1:]]
+                probe(functools.partial(function, state=state), xs, tried)
+                self._tried_order = order
         except Exception as error:
             function(xs)  # an error without derivatives is the layer's own
-            names = listed(one.name for one in self.operations)
-            # The order that the loss reads was tried when this layer was put into the graph.
-            order = max(map(len, paths)) - 1 + bool(training)
+            layers = (one for one in self.operations if not isinstance(one, Derivatives))
             raise DerivativeError(
                 f"{keras.backend.backend()} cannot take a derivative of order {order}"
-                f"{', which training needs,' if training else ''} through {names}: {error} "
-                f"({type(error).__name__}). Use other layers, or another backend."
+                f"{', which training needs,' if training else ''} through "
+                f"{listed(one.name for one in layers)}: {error} ({type(error).__name__}). "
+                "Use other layers, or another backend."
             ) from error
         return [gradients[path] for path in paths]
 
