@@ -26,11 +26,13 @@ from lossargs._keras import (
     in_metrics,
     in_stateless_scope,
     in_symbolic_scope,
+    is_compiled_by_torch,
     model_being_built,
     reduce_weighted_values,
     running_step,
     squeeze_or_expand_to_same_rank,
     torch_processes,
+    uncompiled,
     variables_can_be_assigned,
     weighted_metrics_in_use,
 )
@@ -75,14 +77,24 @@ class Call:
 
     def evaluate(self, y_true: Any, y_pred: Any) -> Any:
         """Return the loss of a batch, and check what the function reads."""
+        state = [v for one in self.values if self.loss in one.losses() for v in one.state()]
+        if is_compiled_by_torch() and not all(variable.trainable for variable in state):
+            # The backward pass would read what the loss assigns.
+            return uncompiled(self._evaluate)(y_true, y_pred, state)
+        return self._evaluate(y_true, y_pred, state)
+
+    def _evaluate(self, y_true: Any, y_pred: Any, state: Sequence[keras.Variable]) -> Any:
         # TensorFlow and JAX run this code only in traces.
         is_torch = keras.backend.backend() == "torch"
         is_checked = self.model is None or (is_torch and self.model in self.loss.checked_models)
-        if is_checked and not self.values:
+        if is_checked and not state:
             return self._reduce(y_true, y_pred)
         is_frozen = not variables_can_be_assigned()  # in a step of a user's own on JAX
         elsewhere = [] if in_stateless_scope() else [p for v in self.values for p in v.elsewhere]
-        with ReadScope(elsewhere, dropped=self._dropped(elsewhere)) as scope:
+        dropped = [variable for variable, _ in elsewhere]
+        if self.step is not None and not self.step.training:
+            dropped += state
+        with ReadScope(elsewhere, dropped=set(map(id, dropped))) as scope:
             try:
                 value = self._reduce(y_true, y_pred)
             except LossArgsError:
@@ -97,12 +109,6 @@ class Call:
             if not in_symbolic_scope():  # stand-ins of PyTorch draw no random numbers
                 self.loss.checked_models.add(self.model)
         return value
-
-    def _dropped(self, elsewhere: Sequence[tuple[keras.Variable, Any]]) -> set[int]:
-        """Return the `id`s of variables whose updates are not kept."""
-        is_trained = self.step is None or self.step.training
-        kept_as_before = [] if is_trained else [v for one in self.values for v in one.variables()]
-        return {id(variable) for variable in (*kept_as_before, *(v for v, _ in elsewhere))}
 
     # Arguments.
 

@@ -315,12 +315,11 @@ class LossArgs(keras.Layer):
         with ReadScope(copies=True):
             read = [one.read(tensor) for one, tensor in zip(self.adapters, read, strict=True)]
         values = StepValues(self._reference, read, given, step)
-        if step is None:
-            values.elsewhere = values_in_scope(values.variables())
         if step is None or not step.keeps_state:
             # In a user's own loop, the loss may be evaluated where variables cannot be assigned.
             training = called_for_training(self)
             values.compute(training=training)
+            values.elsewhere = values_in_scope(values.state()) if step is None else []
             if training:
                 values.finish_step()
         return set_step_values(y_pred, values)
@@ -409,9 +408,8 @@ class LossArgs(keras.Layer):
         # TensorFlow and JAX run this code only in traces.
         if keras.backend.backend() != "torch" or step.model not in self._prepared:
             for one in self.live:
-                for variable in (*one.adapter.weights, one.adapter.variable):
-                    if variable is not None:
-                        follow_in_epochs(variable, step.model)
+                for variable in _variables_of(one.adapter):
+                    follow_in_epochs(variable, step.model)
             if step.has_loss:
                 self.prepare(step.model)
                 self._prepared.add(step.model)
@@ -449,8 +447,7 @@ class LossArgs(keras.Layer):
             if id(variable) in own
         }
         for adapter in self.adapters:
-            variables = [*adapter.weights, *filter(None, [adapter.variable])]
-            shared = [owners[id(v)] for v in variables if id(v) in owners]
+            shared = [owners[id(v)] for v in _variables_of(adapter) if id(v) in owners]
             if shared:
                 self._shared.value[adapter] = shared[0][0].name
             if shared and isinstance(adapter, VariableAdapter):
@@ -500,6 +497,11 @@ class LossArgs(keras.Layer):
                 raise ValueError(f"it has entries that are unknown here, {listed(sorted(unknown))}")
             options = {name: config[name] for name in ("name", "trainable") if name in config}
             return cls(losses[0], track=losses[1:], new_inputs=new_inputs, **options)
+
+
+def _variables_of(adapter: Adapter) -> list[keras.Variable]:
+    """Return the weights of an adapter, and the variable that it may refer to."""
+    return [*adapter.weights, *([] if adapter.variable is None else [adapter.variable])]
 
 
 def _ids_of_weights(layer: keras.Layer) -> set[int]:

@@ -23,7 +23,7 @@ from lossargs._serialization import checked, decode, encode, load_object, readin
 from lossargs._values import format_value, live_types, map_leaves
 
 _ATTRIBUTE = "_lossargs_steps"
-_ADAPTED = object()  # a value that is the very object that its adapter adapts
+_ADAPTED = object()  # stands in for an object that an adapter hands over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -411,10 +411,13 @@ class StepValues:
         layer = self.layer()
         return [] if layer is None else list(layer.get_losses())
 
-    def variables(self) -> list[keras.Variable]:
-        """Return the state of all that the losses get."""
-        given = [one for one in keras.tree.flatten(self.given) if isinstance(one, keras.Layer)]
-        return [v for one in (*self.layer().adapters, *given) for v in one.variables]
+    def state(self) -> list[keras.Variable]:
+        """Return the variables of the objects that the losses get as they are, e.g. of layers."""
+        self.compute_once()
+        pairs = zip(self.layer().adapters, self.values or (), strict=True)
+        holders = [adapter for adapter, value in pairs if value is _ADAPTED]
+        holders += [one for one in self.given.values() if isinstance(one, keras.Layer)]
+        return [variable for one in holders for variable in one.variables]
 
     def args_of(self, loss: Any) -> dict[str, Any]:
         """Return the arguments that the layer gives to one of its losses."""

@@ -29,7 +29,7 @@ class LayerAdapter(Adapter):
 
     @property
     def metrics(self) -> list[Any]:
-        """None: a model asks its layers at any depth, and leaves out what others are compiled with."""
+        """None: a model asks all layers, and leaves out the metrics of `compile`."""
         return []
 
     def check_is_alone(self, what: str) -> None:
