@@ -13,6 +13,8 @@ NAMES = [
     "focal",
     "ppo",
     "native_loops",
+    "ewc",
+    "centre_loss",
 ]
 LONGER = {"distributed.py", "mnist.py", "mnist_report.py"}  # not of the gallery
 
@@ -34,6 +36,13 @@ def learned(name, record):
         return focal >= max(plain - 0.02, 0.8)
     if name == "ppo":
         return record["accuracy"]["clipped"] > 0.9 * record["accuracy"]["supervised"]
+    if name == "ewc":
+        runs = record["accuracies"].values()
+        without, kept = (sum(1 - values[-1] for values in run.values()) for run in runs)
+        return kept < 0.75 * without
+    if name == "centre_loss":
+        without, gathered = (result["spread"] for result in record["results"].values())
+        return gathered < 0.7 * without
     return record["gap"] < 1e-4 and record["accuracy"] > record["nearest_mean"]
 
 

@@ -90,7 +90,7 @@ def test_one_module_names_backends():
 def test_imports_go_in_one_direction():
     order = [
         *("_errors", "_backends", "_keras", "_autodiff", "_values", "_serialization", "_function"),
-        *("_live", "_call", "_loss", "_factory", "_layer", "_derivatives", "_attach"),
+        *("_live", "_objects", "_call", "_loss", "_factory", "_layer", "_derivatives", "_attach"),
         *("__init__", "__main__"),
     ]
     assert {path.stem for path in PACKAGE.glob("*.py")} == set(order)

@@ -180,9 +180,9 @@ class LossArgs(keras.Layer):
                     LiveArg(one, name, label, key, adapters[key], metrics.get((label, key)))
                 )
 
-        for one in live:
-            if isinstance(one.adapter, LayerAdapter):
-                one.adapter.check_is_alone(f"{one.label!r} of {one.loss!r}")
+        for arg in live:
+            if isinstance(arg.adapter, LayerAdapter):
+                arg.adapter.check_is_alone(f"{arg.label!r} of {arg.loss!r}")
 
         def keep(leaf: Any) -> Any:
             return adapters[cache_key(leaf)] if is_live(leaf) else leaf

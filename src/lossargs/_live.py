@@ -192,7 +192,7 @@ def encode_live(value: Any) -> Any:
     return saved
 
 
-def decode_live(config: dict[str, Any]) -> Any:
+def decode_live(config: Any) -> Any:
     """Return the live value that the config of a Keras object describes."""
     graph = config.get("config") if isinstance(config, dict) else None
     if isinstance(graph, dict) and "output_layers" in graph:

@@ -102,8 +102,8 @@ def _bind_leaf(value: Any, where: str) -> Any:
         return value
     for cls, instead in _INSTEAD.items():
         if isinstance(value, cls):
-            kind = f"{'an' if cls is keras.Optimizer else 'a'} {cls.__name__.lower()}"
-            raise ArgumentError(f"{where} is {kind}, {type(value).__name__}, {instead}")
+            what = f"{'an' if cls is keras.Optimizer else 'a'} {cls.__name__.lower()}"
+            raise ArgumentError(f"{where} is {what}, {type(value).__name__}, {instead}")
     if kind := _changing_kind(value):
         raise ArgumentError(
             f"{where} is a {kind}: bound as a constant, it would keep its current value in the "
