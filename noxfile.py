@@ -34,6 +34,8 @@ EXAMPLES = (
     "focal",
     "ppo",
     "native_loops",
+    "ewc",
+    "centre_loss",
 )
 BENCH_RESULTS = Path("benchmarks/results")
 EXAMPLE_RESULTS = Path("build/examples")

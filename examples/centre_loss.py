@@ -52,7 +52,7 @@ WEIGHT, RATE, BATCH = 0.5, 0.5, 100
 class Centres(layers.Layer):
     """The centre of each class, moved by each call."""
 
-    def build(self, input_shape=None):
+    def build(self, input_shape=None):  # noqa: ARG002
         self.centres = self.add_weight(shape=(10, 2), initializer="zeros", trainable=False)
 
     def call(self, points, label):

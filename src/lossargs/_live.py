@@ -189,7 +189,7 @@ def encode_live(value: Any) -> Any:
     return saved
 
 
-def decode_live(config: dict[str, Any]) -> Any:
+def decode_live(config: Any) -> Any:
     """Return the live value that the config of a Keras object describes."""
     graph: Any = config.get("config")
     if isinstance(graph, dict) and "output_layers" in graph:
@@ -226,10 +226,13 @@ class StepValues:
         layer = self.layer()
         return [] if layer is None else list(layer.get_losses())
 
-    def variables(self) -> list[keras.Variable]:
-        """Return the variables of all objects that the losses receive."""
-        given = [one for one in keras.tree.flatten(self.given) if isinstance(one, keras.Layer)]
-        return [v for one in (*self.layer().adapters, *given) for v in one.variables]
+    def state(self) -> list[keras.Variable]:
+        """Return the variables of the objects, e.g. layers, that the losses receive."""
+        self.compute_once()
+        pairs = zip(self.layer().adapters, self.values or (), strict=True)
+        holders = [adapter for adapter, value in pairs if value is _ADAPTED]
+        holders += [one for one in self.given.values() if isinstance(one, keras.Layer)]
+        return [variable for one in holders for variable in one.variables]
 
     def args_of(self, loss: Any) -> dict[str, Any]:
         """Return the arguments of one of these losses."""

@@ -51,5 +51,6 @@ from lossargs._keras.steps import (
     metric_names,
     running_step,
     torch_processes,
+    uncompiled,
     weighted_metrics_of,
 )

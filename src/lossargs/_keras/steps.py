@@ -108,6 +108,11 @@ def is_compiled_by_torch() -> bool:
     return torch is not None and bool(torch.compiler.is_compiling())
 
 
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that `torch.compile` calls as it is."""
+    return sys.modules["torch"].compiler.disable(function)  # type: ignore[no-any-return]
+
+
 def give_variables_back() -> None:
     """Return the variables that Keras takes from a model on JAX while it runs an epoch.
 
