@@ -223,9 +223,9 @@ def test_dtype_is_the_floatx_of_the_time_of_binding():
         (lambda: shifted(np.zeros(2, "longdouble")), "which no backend can compute with"),
         (
             lambda: shifted(keras.metrics.Mean()),
-            "Cannot bind 'shift' of shifted() to a Mean: its current value would be baked into the",
+            "Cannot bind 'shift' of shifted() to a metric, Mean, which Keras would neither",
         ),
-        (lambda: shifted({"deep": [keras.optimizers.SGD()]}), "to a SGD: its current value"),
+        (lambda: shifted({"deep": [keras.optimizers.SGD()]}), "to an optimizer, SGD, whose variables belong"),
         (lambda: shifted(iter([1])), "to a list_iterator: its current value"),
     ],
 )

@@ -603,7 +603,7 @@ def test_one_generator_in_two_losses(tmp_path):
     [
         (lambda: keras.layers.Dense(2), AttachError, "'features' of .* is not built: 'dense"),
         (keras.metrics.Mean, ArgumentError, "'features' of perceptual.. to a metric, Mean, which"),
-        (keras.optimizers.SGD, ArgumentError, "is an optimizer, SGD, whose variables"),
+        (keras.optimizers.SGD, ArgumentError, "to an optimizer, SGD, whose variables"),
         (lambda: networks.attached("head")[0], AttachError, "'features' of .* is attached to a lo"),
     ],
     ids=["not built", "metric", "optimizer", "attached model"],
