@@ -266,7 +266,8 @@ class LossArgs(keras.Layer):
         return [*self.get_losses()[loss], *(name for name in self._given if loss.takes(name))]
 
     def _takes(self, name: str) -> bool:
-        return any(loss.takes(name) for loss in self.get_losses())
+        weights = (one.label for one in self._contents.live if one.adapter.reads_tensor)
+        return name in weights or any(loss.takes(name) for loss in self.get_losses())
 
     def _check(self, tensors: Sequence[Any], given: Mapping[str, Any]) -> None:
         for name in given:
@@ -277,7 +278,7 @@ class LossArgs(keras.Layer):
                     f"takes.{nearest(name, known)}"
                 )
         for one in self._contents.live:
-            if not one.adapter.reads_tensor and one.name in given:
+            if not one.adapter.reads_tensor and one.label in given:
                 raise AttachError(
                     f"{one.label!r} of {one.loss!r} was given twice: bound, and in the call of "
                     "LossArgs. Leave it out of one of them."
@@ -294,7 +295,7 @@ class LossArgs(keras.Layer):
             for one in self._contents.live
             if one.adapter.reads_tensor and one.adapter not in fed
         ]
-        names = [one.name for one in unfed if one.name not in given]
+        names = [one.label for one in unfed if one.label not in given]
         if names:
             raise AttachError(
                 f"{listed(names)} of {self.loss!r} is a symbolic tensor, or reads one, and this "

@@ -145,6 +145,12 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
         return [one for term in self.terms for one in (term, *term.all_terms())]
 
     @property
+    def title(self) -> str:
+        """The name in messages."""
+        function = self.loss_function
+        return repr(self) if function.is_internal else function.name
+
+    @property
     def parameters(self) -> list[str]:
         """The extra parameters of the function, without those of `**extra`."""
         return [] if self.loss_function.is_internal else self.loss_function.parameters
@@ -187,13 +193,16 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
                 return build(call, y_true, y_pred)
             layers = [(one, one.layer()) for one in inputs.values]
             layers = [(one, layer) for one, layer in layers if layer and layer.loss is self]
-            losses = {loss for one, layer in layers for loss in layer.losses_to_log(one)}
-            # A loss may be an inner loss of another one, which then finds it computed.
+            losses = dict.fromkeys(
+                loss for one, layer in layers for loss in layer.losses_to_log(one)
+            )
+            # A loss may be an inner loss of another one, which then finds it computed. The order is
+            # that of all processes.
             values = {
                 loss: (call if loss is self else Call.reduced(loss, inputs)).evaluate(
                     y_true, y_pred
                 )
-                for loss in sorted({*losses, self}, key=lambda loss: len(loss.inner_losses))
+                for loss in sorted({**losses, self: None}, key=lambda one: len(one.inner_losses))
             }
             for one, layer in layers:
                 layer.finish_step(one, values, y_pred)
