@@ -225,7 +225,10 @@ def test_dtype_is_the_floatx_of_the_time_of_binding():
             lambda: shifted(keras.metrics.Mean()),
             "Cannot bind 'shift' of shifted() to a metric, Mean, which Keras would neither",
         ),
-        (lambda: shifted({"deep": [keras.optimizers.SGD()]}), "to an optimizer, SGD, whose variables belong"),
+        (
+            lambda: shifted({"deep": [keras.optimizers.SGD()]}),
+            "to an optimizer, SGD, whose variables belong",
+        ),
         (lambda: shifted(iter([1])), "to a list_iterator: its current value"),
     ],
 )

@@ -39,7 +39,8 @@ class Arguments:
 
     def takes(self, name: str) -> bool:
         """Return whether a loss has an argument of that name."""
-        return any(loss.takes(name) for loss in self.losses)
+        weights = (one.label for one in self.live if one.adapter.reads_tensor)
+        return name in weights or any(loss.takes(name) for loss in self.losses)
 
     def check_call(self, tensors: Sequence[Any], given: Mapping[str, Any]) -> None:
         """Raise unless a call of the layer gives each argument once.
@@ -59,7 +60,7 @@ class Arguments:
                     f"takes.{nearest(name, known)}"
                 )
         for one in self.live:
-            if not one.adapter.reads_tensor and one.name in given:
+            if not one.adapter.reads_tensor and one.label in given:
                 raise AttachError(
                     f"{one.label!r} of {one.loss!r} was given twice: bound, and in the call of "
                     "LossArgs. Leave it out of one of them."
@@ -72,7 +73,7 @@ class Arguments:
             )
         fed = {a for a, tensor in zip(readers, tensors, strict=False) if tensor is not None}
         unfed = [one for one in self.live if one.adapter.reads_tensor and one.adapter not in fed]
-        names = [one.name for one in unfed if one.name not in given]
+        names = [one.label for one in unfed if one.label not in given]
         if names:
             raise AttachError(
                 f"{listed(names)} of {self.loss!r} is a symbolic tensor, or reads one, and this "

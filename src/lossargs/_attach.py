@@ -1,6 +1,6 @@
 """`attach` and `detach`: add the layer of live arguments to a model, and remove it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import keras
@@ -80,7 +80,7 @@ def attach(target: Target, loss: Any, *, track: Any = ()) -> Target:
         )
     else:
         attached, layers = _attach_tensors(target, loss, track, {})
-        names_of(layers, by_layer=False)
+        names_of(layers, outputs=layers, by_layer=False)
     return cast(Target, attached)
 
 
@@ -217,12 +217,15 @@ def _attach_tensor(output: Any, loss: BoundLoss, track: Any, kept: dict[Any, Ada
 
 def _attach_tensors(
     outputs: Any, loss: Any, track: Any, kept: dict[Any, Adapter]
-) -> tuple[Any, list[LossArgs]]:
-    """Return the outputs with layers behind those that have a bound loss, and these layers."""
+) -> tuple[Any, dict[LossArgs, str]]:
+    """Return the outputs with layers behind those that have a bound loss, and these layers.
+
+    With the layers come the names of their outputs, if there are several.
+    """
     if not isinstance(outputs, (Mapping, list, tuple)):
         check_is_bound(loss)
         attached, layer = _attach_tensor(outputs, loss, track, kept)
-        return attached, [layer]
+        return attached, {layer: ""}
     by_name = dict(outputs) if isinstance(outputs, Mapping) else None
     names = list(by_name) if by_name is not None else names_of_outputs(outputs)
     tensors = list(by_name.values()) if by_name is not None else list(outputs)
@@ -231,11 +234,11 @@ def _attach_tensors(
     tracks = _by_output(track or (), names, "track", is_one=not track)
     if not any(isinstance(one, BoundLoss) for one in losses):
         check_is_bound(next((one for one in losses if one is not None), None))
-    layers = []
+    layers = {}
     for place, (tensor, one, tracked) in enumerate(zip(tensors, losses, tracks, strict=True)):
         if isinstance(one, BoundLoss):
             tensors[place], layer = _attach_tensor(tensor, one, tracked or (), kept)
-            layers.append(layer)
+            layers[layer] = names[place] if len(names) > 1 else ""
         else:
             tensors[place] = before_loss(tensor)
             if tracked:
@@ -268,7 +271,7 @@ def _by_output(given: Any, names: Sequence[str], what: str, *, is_one: bool) -> 
 
 def _attach_functional(model: Any, loss: Any, track: Any) -> Any:
     outputs, layers = _attach_tensors(model.output, loss, track, _kept_by(model))
-    names_of(layers, by_layer=False)
+    names_of(layers, outputs=layers, by_layer=False)
     new: dict[int, Any] = {}
     for one in (one for layer in layers for one in layer.get_live()):
         if isinstance(one.adapter.tensor, keras.KerasTensor):
@@ -303,7 +306,7 @@ def _attach_functional(model: Any, loss: Any, track: Any) -> Any:
     return _remember(attached, _kept_by(model))
 
 
-def _refuse_saving_own_weights(model: Any, layers: list[LossArgs]) -> None:
+def _refuse_saving_own_weights(model: Any, layers: Iterable[LossArgs]) -> None:
     own = {id(variable) for variable in own_variables(model)}
     for layer in layers:
         for one in layer.get_live():

@@ -12,6 +12,7 @@ from lossargs._errors import (
     BatchError,
     LossArgsError,
     listed,
+    nearest,
 )
 from lossargs._inputs import Inputs, shape_of
 from lossargs._keras import (
@@ -28,6 +29,7 @@ from lossargs._keras import (
     variables_can_be_assigned,
 )
 from lossargs._live import layers_of
+from lossargs._sums import SUM
 from lossargs._values import describe_lists, map_leaves, to_tensors
 
 
@@ -128,9 +130,14 @@ class Call(keras.losses.Loss):
     def _resolve_args(self) -> dict[str, Any]:
         """Return all arguments by name: of the call, live, of the batch, bound, in this order."""
         loss, function = self.loss, self.loss.loss_function
+        takers = (loss, *loss.all_terms())
         for name in self.extra:
-            if not any(term.takes(name) for term in loss.all_terms()):
-                function.check_names([name], f"{function.name} was called with")
+            if not any(one.takes(name) for one in takers):
+                known = list(dict.fromkeys(known for one in takers for known in one.parameters))
+                raise ArgumentError(
+                    f"{loss.title} was called with {name!r}, which {loss.title} does not take. It "
+                    f"takes {listed(known)}.{nearest(name, known)}"
+                )
         args = dict(loss.bound_args)
         args |= {name: value for name, value in self.inputs.batch.items() if loss.takes(name)}
         values = [one for one in self.inputs.values if loss in one.losses()]
@@ -195,17 +202,24 @@ class Call(keras.losses.Loss):
     def _combine(self, y_true: Any, y_pred: Any) -> Any:
         """Return the value of a loss that combines the values of its terms."""
         terms, values = self.loss.terms, {}
+        # An inner sum has one number for each sample; other losses combine reduced terms only.
+        is_reduced = self.reduction is not None or self.loss.loss_function is not SUM
         # A term may be an inner loss of another one, which then finds it computed.
-        for term in sorted(set(terms), key=lambda term: len(term.inner_losses)):
-            extra = {name: value for name, value in self.extra.items() if term.takes(name)}
-            call = Call.reduced(term, self.inputs, extra)
-            values[term] = unscale_loss_for_distribution(call.evaluate(y_true, y_pred))
+        for term in sorted(dict.fromkeys(terms), key=lambda term: len(term.inner_losses)):
+            takers = (term, *term.all_terms())
+            extra = {n: v for n, v in self.extra.items() if any(one.takes(n) for one in takers)}
+            call = Call(term, self.inputs, weight=self.weight, extra=extra)
+            call = Call.reduced(term, self.inputs, extra) if is_reduced else call
+            value = call.evaluate(y_true, y_pred)
+            value = unscale_loss_for_distribution(value) if is_reduced else value
+            values[term] = keras.ops.cast(value, self.dtype)
         given = self._tensors({name: v for name, v in self._args.items() if name != "terms"})
         training = any(one.training for one in self.inputs.values)
         value = self.loss.loss_function.fn([values[term] for term in terms], training, **given)
         if isinstance(value, tuple):
             value, self.inputs.term_weights[self.loss] = value
-        return scale_loss_for_distribution(keras.ops.cast(value, self.dtype))
+        value = keras.ops.cast(value, self.dtype)
+        return scale_loss_for_distribution(value) if is_reduced else value
 
     def _tensors(self, args: Mapping[str, Any]) -> dict[str, Any]:
         """Return arguments as the function receives them."""
@@ -227,7 +241,7 @@ class Call(keras.losses.Loss):
             values = self._call_function(y_true, y_pred)
             if self.is_shared:
                 self.inputs.remember(key, values)
-        name = self.loss.loss_function.name
+        name = self.loss.title
         if self.weight is not None and _is_one_number(values, self.weight):
             raise BatchError(
                 f"{name} returned one number for the whole batch, and was given weights for its "
@@ -237,7 +251,7 @@ class Call(keras.losses.Loss):
         return values
 
     def _call_function(self, y_true: Any, y_pred: Any) -> Any:
-        name = self.loss.loss_function.name
+        name = self.loss.title
         if isinstance(y_true, tuple) and not y_true:
             y_true = None
         else:
@@ -292,7 +306,7 @@ class Call(keras.losses.Loss):
         self, scope: ReadScope, is_frozen: bool, cause: Exception | None = None
     ) -> None:
         """Raise if the function read a variable that the model does not hold."""
-        model, name = self.model, self.loss.loss_function.name
+        model, name = self.model, self.loss.title
         held = {id(variable) for variable in (*model.variables, *model.metrics_variables)}
         if is_frozen and held & scope.variables.keys():
             raise ArgumentError(
@@ -336,9 +350,10 @@ class Call(keras.losses.Loss):
 
     def _explain(self, error: Exception, y_true: Any, y_pred: Any) -> None:
         """Add to an exception of the user's function the arguments of the function."""
-        if isinstance(error, LossArgsError):  # these name the argument themselves
+        # These name the argument themselves. A term has told about itself.
+        if isinstance(error, LossArgsError) or self.loss.terms:
             return
-        name = self.loss.loss_function.name
+        name = self.loss.title
         if "KerasTensor" in str(error):
             raise self._symbolic_tensor_outside() from error
         samples, parts = shape_of(y_pred)[:1], []

@@ -99,7 +99,7 @@ def _refuse_metrics(loss: Any) -> None:
 
 def _check_batch(batch: Mapping[str, Any], loss: Any) -> None:
     """Raise for an entry that no function takes, or that no tensor can be made of."""
-    losses, name = (loss, *loss.inner_losses), loss.loss_function.name
+    losses, name = (loss, *loss.inner_losses), loss.title
     for key, value in batch.items():
         if not any(one.takes(key) for one in losses):
             known = list(dict.fromkeys(known for one in losses for known in one.parameters))

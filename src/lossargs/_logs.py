@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from lossargs._errors import AttachError
-from lossargs._keras import Functional, metric_names, producer
+from lossargs._keras import metric_names, named_outputs, producer
 from lossargs._live import Adapter, layers_of
 from lossargs._loss import BoundLoss
 
@@ -139,9 +139,9 @@ def settle_names(model: keras.Model) -> None:
 
 def output_names_of(model: Any) -> dict[Any, str]:
     """Return the names of the outputs that `LossArgs` layers give; empty if there is one output."""
-    outputs = model.outputs if isinstance(model, Functional) else []
-    if len(outputs) < 2:
-        return {}
-    pairs = zip(outputs, model.output_names, strict=True)
-    names = {producer(output)[0]: name for output, name in pairs}
+    names = {
+        producer(output)[0]: name
+        for name, output in named_outputs(model)
+        if isinstance(output, keras.KerasTensor)
+    }
     return {layer: name for layer, name in names.items() if hasattr(layer, "get_losses")}

@@ -143,6 +143,12 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
         return [one for term in self.terms for one in (term, *term.all_terms())]
 
     @property
+    def title(self) -> str:
+        """The name in messages."""
+        function = self.loss_function
+        return repr(self) if function.is_internal else function.name
+
+    @property
     def parameters(self) -> list[str]:
         """The extra parameters of the function, without those of `**extra`."""
         return [] if self.loss_function.is_internal else self.loss_function.parameters
@@ -182,7 +188,9 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
                 return build(Call.reduced(self, inputs, extra), y_true, y_pred)
             layers = [(one, one.layer()) for one in inputs.values]
             layers = [(one, layer) for one, layer in layers if layer and layer.loss is self]
-            losses = {self, *(loss for one, layer in layers for loss in layer.losses_to_log(one))}
+            # In an order that is that of all processes.
+            logged = [loss for one, layer in layers for loss in layer.losses_to_log(one)]
+            losses = dict.fromkeys([*logged, self])
             if len(losses) > 1 or self.inner_losses:
                 inputs = inputs.sharing()
             values = {}

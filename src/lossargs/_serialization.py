@@ -160,7 +160,7 @@ def load_object(config: Any, *kinds: type) -> Any:
         config = keras.saving.serialize_keras_object(config)
     name, module = config["class_name"], config["module"]
     cls: Any = keras.saving.get_registered_object(config["registered_name"] or name)
-    if cls is None and module.partition(".")[0] == "keras":
+    if cls is None and str(module).partition(".")[0] == "keras":
         cls = keras
         for part in (*module.split(".")[1:], name):
             cls = getattr(cls, part, None) if isinstance(cls, types.ModuleType) else None

@@ -2,8 +2,8 @@
 
 import dataclasses
 import inspect
+import itertools
 import json
-import math
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -12,8 +12,8 @@ import numpy as np
 
 from lossargs._errors import ArgumentError
 from lossargs._function import LossFunction
-from lossargs._serialization import load_object, reading
-from lossargs._values import format_value, is_live
+from lossargs._serialization import decode, encode, load_object
+from lossargs._values import bind_value, cache_key, format_value, is_live
 
 # Factors of a term: a number, then live values; `("1/", value)` for a divisor.
 Factors = tuple[Any, ...]
@@ -21,14 +21,28 @@ Factors = tuple[Any, ...]
 
 def weighted_sum(values: Any, _: Any, *, terms: Any = (), weights: Any, constants: Any) -> Any:  # noqa: ARG001
     """Return the weighted sum of the values of the terms, and of the constants."""
-    parts = [product(weight) * value for weight, value in zip(weights, values, strict=True)]
-    parts += [product(constant) for constant in constants]
+    shapes = [shape for value in values if (shape := tuple(value.shape))]
+    sizes = [set(sizes) - {None} for sizes in itertools.zip_longest(*shapes, fillvalue=-1)]
+    if any(len(different) > 1 for different in sizes):
+        raise ArgumentError(
+            f"The terms of a sum have values of the shapes {', '.join(map(str, shapes))}, which "
+            "would broadcast. Reduce all terms: factory.options(reduction='sum')(...)."
+        )
+    parts = [scaled(value, factors) for value, factors in zip(values, weights, strict=True)]
+    one = keras.ops.ones((), dtype=values[0].dtype)
+    parts += [scaled(one, factors) for factors in constants]
     return sum(parts[1:], parts[0])
 
 
-def product(factors: Factors) -> Any:
-    """Return the product of the factors of a term."""
-    return math.prod(1 / one[1] if isinstance(one, tuple) else one for one in factors)
+def scaled(value: Any, factors: Factors) -> Any:
+    """Return a value times the factors of its term, in the dtype of the value."""
+    number, *live = factors
+    value = value if number == 1 else value * float(number)
+    for factor in live:
+        is_divisor = isinstance(factor, tuple)
+        tensor = keras.ops.cast(factor[1] if is_divisor else factor, value.dtype)
+        value = value / tensor if is_divisor else value * tensor
+    return value
 
 
 def keras_loss(y_true: Any, y_pred: Any, *, loss: "KerasLoss") -> Any:
@@ -39,12 +53,23 @@ def keras_loss(y_true: Any, y_pred: Any, *, loss: "KerasLoss") -> Any:
 @keras.saving.register_keras_serializable(package="lossargs")
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class KerasLoss:
-    """A plain Keras loss, equal to another one if their configs are."""
+    """A plain Keras loss, equal to another one if their attributes are."""
 
     wrapped: keras.losses.Loss
 
     def _key(self) -> Any:
-        return type(self.wrapped), json.dumps(self.wrapped.get_config(), default=repr)
+        base = vars(keras.losses.Loss())  # name, reduction and dtype are options of the term
+        own = {name: value for name, value in vars(self.wrapped).items() if name not in base}
+        return type(self.wrapped), cache_key(own)
+
+    def _given(self) -> dict[str, Any]:
+        """Return the arguments that make this loss, also those that its config leaves out."""
+        found = dict(vars(self.wrapped))
+        for value in vars(self.wrapped).values():
+            found |= value if isinstance(value, dict) else {}
+        found |= self.wrapped.get_config()
+        parameters = inspect.signature(type(self.wrapped)).parameters
+        return {name: found[name] for name in parameters if name in found}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, KerasLoss) and self._key() == other._key()
@@ -55,24 +80,29 @@ class KerasLoss:
     def __repr__(self) -> str:
         cls = type(self.wrapped)
         defaults = {n: p.default for n, p in inspect.signature(cls).parameters.items()}
-        config = {n: v for n, v in self.wrapped.get_config().items() if n in defaults}
-        given = [f"{n}={v!r}" for n, v in config.items() if v != defaults[n] and n != "dtype"]
+        given = [
+            f"{name}={format_value(value)}"
+            for name, value in self._given().items()
+            if cache_key(value) != cache_key(defaults[name])
+        ]
         return f"{cls.__name__}({', '.join(given)})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _keras_loss_from, (json.dumps(self.get_config()),)
+        return _keras_loss_from, (json.dumps(encode(self, "A term of a sum")),)
 
     def get_config(self) -> dict[str, Any]:
-        return {"loss": keras.saving.serialize_keras_object(self.wrapped)}
+        config: Any = keras.saving.serialize_keras_object(self.wrapped)
+        # Keras leaves out some, e.g. `delta` of Huber.
+        return {"loss": {**config, "config": {**self._given(), **config["config"]}}}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        with reading("A Keras loss in a sum"):
-            return cls(load_object(config["loss"], keras.losses.Loss))
+        return cls(load_object(config["loss"], keras.losses.Loss))
 
 
-def _keras_loss_from(config: str) -> KerasLoss:
-    return KerasLoss.from_config(json.loads(config))
+def _keras_loss_from(text: str) -> KerasLoss:
+    loss: KerasLoss = decode(json.loads(text))
+    return loss
 
 
 def format_sum(args: Mapping[str, Any]) -> str:
@@ -102,7 +132,7 @@ def _is_divisor(factor: Any) -> bool:
 
 
 SUM = LossFunction.of(weighted_sum, package="lossargs")
-SUM.is_internal = True
+SUM.name, SUM.is_internal = "sum", True
 SUM.format = format_sum
 KERAS_LOSS = LossFunction.of(keras_loss, package="lossargs")
 KERAS_LOSS.is_internal = True
@@ -192,9 +222,10 @@ def _parts(value: Any) -> Parts:
 
 def _number(value: Any) -> Any:
     """Return a scalar as a number of Python, or `None`."""
-    if isinstance(value, (np.generic, np.ndarray)) or keras.ops.is_tensor(value):
-        is_scalar = not is_live(value) and tuple(value.shape) == ()
-        value = keras.ops.convert_to_numpy(value).item() if is_scalar else None
+    is_array = isinstance(value, (np.generic, np.ndarray)) or keras.ops.is_tensor(value)
+    if is_array and not is_live(value) and tuple(value.shape) == ():
+        value = bind_value(value, "A weight or term of a sum")
+        value = value.item() if isinstance(value, np.ndarray) else value
     return value if type(value) is not bool and isinstance(value, (int, float)) else None
 
 
@@ -231,7 +262,9 @@ def _of(parts: Parts, cls: Any) -> Any:
         "weights": tuple(factors for factors, _ in terms),
         "constants": tuple(factors for factors, loss in parts if loss is None),
     }
-    return cls.of(SUM, args, name="sum", reduction="sum_over_batch_size", dtype=None)
+    dtypes = [term.dtype for term in args["terms"]]
+    dtype = keras.backend.result_type(keras.config.floatx(), *dtypes)
+    return cls.of(SUM, args, name="sum", reduction="sum_over_batch_size", dtype=dtype)
 
 
 def bound_term(loss: Any, cls: Any) -> Any:

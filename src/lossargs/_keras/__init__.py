@@ -49,6 +49,7 @@ from lossargs._keras.steps import (
     give_variables_back,
     is_compiled_by_torch,
     metric_names,
+    named_outputs,
     running_step,
     torch_processes,
     uncompiled,

@@ -12,6 +12,7 @@ from typing import Any
 
 import keras
 from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.models.functional import Functional
 from keras.src.utils.naming import get_object_name
 
 # Keras does not tell a loss or a layer which model calls it. The call stack does.
@@ -199,10 +200,20 @@ def metric_names(model: keras.Model) -> set[str]:
     compiled = getattr(model, "_compile_metrics", None)
     kinds = ("_user_metrics", "_user_weighted_metrics")
     metrics = keras.tree.flatten([getattr(compiled, kind, None) for kind in kinds])
-    outputs = getattr(model, "output_names", None) or []
-    losses = [f"{name}_loss" for name in outputs] if len(outputs) > 1 else []
+    losses = [f"{name}_loss" for name, _ in named_outputs(model)]
     names = [m if isinstance(m, str) else get_object_name(m) for m in metrics if m is not None]
     return {"loss", *losses, *names}
+
+
+def named_outputs(model: Any) -> list[tuple[str, Any]]:
+    """Return the symbolic outputs of a model with their names in the logs, if there are several."""
+    outputs = model.output if isinstance(model, Functional) else []
+    if isinstance(outputs, dict):
+        pairs = list(outputs.items())
+    else:
+        flat = keras.tree.flatten(outputs)
+        pairs = list(zip(model.output_names, flat, strict=True)) if flat else []
+    return pairs if len(pairs) > 1 else []
 
 
 def weighted_metrics_of(model: Any) -> Any:
