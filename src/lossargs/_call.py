@@ -184,6 +184,9 @@ class Call(keras.losses.Loss):
 
     def _combine(self, y_true: Any, y_pred: Any) -> Any:
         """Return the value of a loss that combines the values of its terms."""
+        of, combined = self.inputs.combined.get(self.loss, (None, None))
+        if self.is_shared and of is y_pred:
+            return combined
         terms, values = self.loss.terms, {}
         # A term may be an inner loss of another one, which then finds it computed.
         for term in sorted(set(terms), key=lambda term: len(term.inner_losses)):
@@ -195,7 +198,9 @@ class Call(keras.losses.Loss):
         value = self.loss.loss_function.fn([values[term] for term in terms], training, **given)
         if isinstance(value, tuple):
             value, self.inputs.term_weights[self.loss] = value
-        return scale_loss_for_distribution(keras.ops.cast(value, self.dtype))
+        value = scale_loss_for_distribution(keras.ops.cast(value, self.dtype))
+        self.inputs.combined[self.loss] = y_pred, value
+        return value
 
     def _tensors(self, args: Mapping[str, Any]) -> dict[str, Any]:
         """Return arguments as the function receives them."""

@@ -194,7 +194,9 @@ class ReLoBRaLo(_Remembering):
 
     def weigh(self, values: Any) -> Any:
         """Return the weights of the terms after the first step, shape `(terms,)`."""
-        first = ops.where(self.steps > 1, self.first, self.last)
+        state = self.first, self.last, self.last_weights
+        first, last, last_weights = map(ops.convert_to_tensor, state)
+        first = ops.where(self.steps > 1, first, last)
         self.first.assign(first)
 
         def balance(reference: Any) -> Any:
@@ -202,8 +204,8 @@ class ReLoBRaLo(_Remembering):
             return ops.softmax(scaled) * values.shape[0]
 
         draw: Any = keras.random.uniform((), seed=self.seed_generator)
-        history = ops.where(draw < self.lookback, self.last_weights, balance(first))
-        return self.alpha * history + (1 - self.alpha) * balance(self.last)
+        history = ops.where(draw < self.lookback, last_weights, balance(first))
+        return self.alpha * history + (1 - self.alpha) * balance(last)
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments of the constructor."""
