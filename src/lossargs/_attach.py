@@ -79,8 +79,7 @@ def attach(target: Target, loss: Any, *, track: Any = ()) -> Target:
             "self.loss_args(y_pred, z_mean=z_mean)."
         )
     else:
-        attached, layers = _attach_tensors(target, loss, track, {})
-        names_of(layers, by_layer=False)
+        attached, _ = _attach_tensors(target, loss, track, {})
     return cast(Target, attached)
 
 
@@ -222,6 +221,7 @@ def _attach_tensors(
     if not isinstance(outputs, (Mapping, list, tuple)):
         check_is_bound(loss)
         attached, layer = _attach_tensor(outputs, loss, track, kept)
+        names_of([layer], by_layer=False)
         return attached, [layer]
     by_name = dict(outputs) if isinstance(outputs, Mapping) else None
     names = list(by_name) if by_name is not None else names_of_outputs(outputs)
@@ -231,18 +231,19 @@ def _attach_tensors(
     tracks = _by_output(track or (), names, "track", is_one=not track)
     if not any(isinstance(one, BoundLoss) for one in losses):
         check_is_bound(next((one for one in losses if one is not None), None))
-    layers = []
+    layers = {}
     for place, (tensor, one, tracked) in enumerate(zip(tensors, losses, tracks, strict=True)):
         if isinstance(one, BoundLoss):
             tensors[place], layer = _attach_tensor(tensor, one, tracked or (), kept)
-            layers.append(layer)
+            layers[layer] = names[place]
         else:
             tensors[place] = before_loss(tensor)
             if tracked:
                 check_is_bound(one)
+    names_of(layers, outputs=layers if len(names) > 1 else {}, by_layer=False)
     if by_name is not None:
-        return dict(zip(names, tensors, strict=True)), layers
-    return (tuple if isinstance(outputs, tuple) else list)(tensors), layers
+        return dict(zip(names, tensors, strict=True)), list(layers)
+    return (tuple if isinstance(outputs, tuple) else list)(tensors), list(layers)
 
 
 def _by_output(given: Any, names: Sequence[str], what: str, *, is_one: bool) -> list[Any]:
@@ -268,7 +269,6 @@ def _by_output(given: Any, names: Sequence[str], what: str, *, is_one: bool) -> 
 
 def _attach_functional(model: Any, loss: Any, track: Any) -> Any:
     outputs, layers = _attach_tensors(model.output, loss, track, _kept_by(model))
-    names_of(layers, by_layer=False)
     new: dict[int, Any] = {}
     for one in (one for layer in layers for one in layer.get_live()):
         if isinstance(one.adapter.tensor, keras.KerasTensor):
