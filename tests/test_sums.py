@@ -103,8 +103,8 @@ def test_what_is_no_sum_is_the_loss_itself():
         (lambda: HALF * mse(), "mse() * <PolynomialDecay>", 0.5),
         (lambda: mse() / TWO, "mse() / <variable 'two'>", 0.5),
         (lambda: 3 * (mse() - mae() / 2) * HALF / TWO + 10,
-         "3 * mse() * <PolynomialDecay> / <variable 'two'> "
-         "- 1.5 * mae() * <PolynomialDecay> / <variable 'two'> + 10", 10.375),
+         ("3 * mse() * <PolynomialDecay> / <variable 'two'> "
+         "- 1.5 * mae() * <PolynomialDecay> / <variable 'two'> + 10"), 10.375),
         (lambda: (mse() + 10) * TWO, "mse() * <variable 'two'> + 10 * <variable 'two'>", 22),
         (lambda: mse() * kinds.Countdown(3.0) + mae(), "mse() * <Countdown> + mae()", 4),
         (lambda: mse() * keras.Variable(3, dtype="int32", trainable=False, name="n") / TWO,

@@ -49,8 +49,8 @@ def balance(terms: Iterable[Any], rule: keras.Layer) -> BoundLoss:
     Args:
         terms: Losses with different names: bound losses, sums or plain Keras losses.
         rule: A `keras.Layer`, e.g. one of `lossargs.balancing`. It is called with the values of
-            the terms, a vector of shape `(terms,)`, and returns the loss, or a tuple of the loss
-            and the weights of the terms.
+            the terms, a vector of shape `(terms,)`. It returns the loss, or a tuple of the loss
+            and the weights.
 
     Returns:
         The bound loss.

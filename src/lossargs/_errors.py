@@ -30,7 +30,7 @@ class AttachError(LossArgsError):
 
 
 class BatchError(LossArgsError):
-    """What came with the batch would be used wrongly, or not at all."""
+    """A batch entry or a sample weight would be used wrongly, or not at all."""
 
 
 class SavingError(LossArgsError):

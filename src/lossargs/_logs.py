@@ -1,4 +1,4 @@
-"""What a model logs of its losses: live values and tracked losses, and their names."""
+"""The logs of losses: live values, tracked losses, and their names."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -84,8 +84,8 @@ def names_of(
     """Return what the `LossArgs` layers of a model log, by the names in the logs.
 
     Names of a sum are prefixed with the output, where there are several. A name of several values
-    is prefixed with the name of the loss; if that is not enough, as in two attached models that are
-    parts of one, with the name of the layer.
+    is prefixed with the name of the loss. If that is not enough, as in two attached models that are
+    parts of one, the name of the layer is the prefix.
 
     Args:
         layers: The layers.

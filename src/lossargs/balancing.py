@@ -1,8 +1,8 @@
 """Rules for `balance`: layers that turn the values of several terms into one loss.
 
-A rule is a `keras.Layer`. It is called with a vector that holds the value of each term, and returns
-the loss, or the loss and the current weights of the terms for the logs. It may have weights, which
-are trained and saved with the model. It changes its state only with `training=True`.
+A rule is a `keras.Layer`. It is called with a vector that holds the value of each term. It returns
+the loss, or a tuple of the loss and the weights of the terms for the logs. Its own weights are
+trained and saved with the model. A rule changes its state only with `training=True`.
 """
 
 from typing import Any
@@ -34,6 +34,9 @@ class Uncertainty(keras.layers.Layer):
         term and without the factors of one half.
     """
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)  # values keep their precision
+
     def build(self, input_shape: tuple[int, ...]) -> None:
         """Create the weights for `(terms,)` values."""
         self.log_variances = self.add_weight(
@@ -55,39 +58,44 @@ class Uncertainty(keras.layers.Layer):
 class _Remembering(keras.layers.Layer):
     """A rule whose weights depend on the values in earlier steps."""
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)  # values keep their precision
+
     def build(self, input_shape: tuple[int, ...]) -> None:
-        """Create the weights for `(terms,)` values."""
-        self.steps = self.add_state("steps", (), "int32")
+        """Create the state for `(terms,)` values."""
+        equal = keras.initializers.Constant(self.first_weight(input_shape[0]))
+        self.steps = self.add_state("steps", (), dtype="int32")
         self.last = self.add_state("last", input_shape)
+        self.last_weights = self.add_state("last_weights", input_shape, initializer=equal)
         super().build(input_shape)
 
-    def add_state(self, name: str, shape: tuple[int, ...], dtype: str | None = None) -> Any:
-        """Return a new state variable, zero at the start."""
-        return self.add_weight(
-            name=name,
-            shape=shape,
-            initializer="zeros",
-            dtype=dtype,
-            trainable=False,
-            aggregation="only_first_replica",
-        )
+    def add_state(self, name: str, shape: tuple[int, ...], **options: Any) -> Any:
+        """Return a new state variable, zero at the start by default."""
+        options = {"initializer": "zeros", "aggregation": "only_first_replica", **options}
+        return self.add_weight(name=name, shape=shape, trainable=False, **options)
 
     def call(self, values: Any, training: bool = False) -> tuple[Any, Any]:
-        """Return the loss and the weights, and keep the values if `training`.
+        """Return the loss and the weights, which change if `training`.
 
         Args:
             values: The values of the terms, shape `(terms,)`.
             training: Whether this is a training step.
         """
-        fixed = ops.stop_gradient(values)
-        weights = self.weigh(fixed, training)
+        weights = ops.convert_to_tensor(self.last_weights)
         if training:
+            fixed = ops.stop_gradient(values)
+            weights = ops.where(self.steps > 0, self.weigh(fixed), weights)
             self.last.assign(fixed)
+            self.last_weights.assign(weights)
             self.steps.assign(self.steps + 1)
         return ops.sum(weights * values), weights
 
-    def weigh(self, values: Any, training: bool) -> Any:
-        """Return the weights of the terms, shape `(terms,)`."""
+    def first_weight(self, terms: int) -> float:  # noqa: ARG002
+        """Return the weight of each term in the first step."""
+        return 1.0
+
+    def weigh(self, values: Any) -> Any:
+        """Return the weights of the terms after the first step, shape `(terms,)`."""
         raise NotImplementedError
 
 
@@ -97,7 +105,7 @@ class SoftAdapt(_Remembering):
 
     `weights = softmax(beta * (values - last_values))`, where `last_values` are those of the step
     before. All weights are equal in the first step. With a positive `beta`, a term that falls more
-    slowly than the others gets a larger weight.
+    slowly than the others gets a larger weight. Evaluation uses the weights of the last step.
 
     Args:
         beta: The sharpness of the softmax. The paper uses 0.1.
@@ -119,10 +127,13 @@ class SoftAdapt(_Remembering):
         super().__init__(**kwargs)
         self.beta = beta
 
-    def weigh(self, values: Any, training: bool) -> Any:  # noqa: ARG002
-        """Return the weights of the terms, shape `(terms,)`."""
-        change = ops.where(self.steps > 0, values - self.last, ops.zeros_like(values))
-        return ops.softmax(self.beta * change)
+    def first_weight(self, terms: int) -> float:
+        """Return the weight of each term in the first step."""
+        return 1 / terms
+
+    def weigh(self, values: Any) -> Any:
+        """Return the weights of the terms after the first step, shape `(terms,)`."""
+        return ops.softmax(self.beta * (values - self.last))
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments of the constructor."""
@@ -136,12 +147,13 @@ class ReLoBRaLo(_Remembering):
     For `n` terms with the values `v` in this step, `v_last` in the step before and `v_0` in the
     first step:
 
-        balance(reference) = n * softmax(v / (temperature * reference))
+        balance(reference) = n * softmax(v / (temperature * reference + epsilon))
         history = rho * last_weights + (1 - rho) * balance(v_0)
         weights = alpha * history + (1 - alpha) * balance(v_last)
 
     In each step, `rho` is drawn: one with the probability `lookback`, else zero. All weights are
-    one in the first step.
+    one in the first step. `epsilon` is `keras.config.epsilon()`. Evaluation uses the weights of the
+    last step.
 
     Args:
         alpha: How slowly weights change, between 0 and 1.
@@ -176,17 +188,16 @@ class ReLoBRaLo(_Remembering):
         self.seed_generator = seed if is_generator else keras.random.SeedGenerator(seed)
 
     def build(self, input_shape: tuple[int, ...]) -> None:
-        """Create the weights for `(terms,)` values."""
+        """Create the state for `(terms,)` values."""
         self.first = self.add_state("first", input_shape)
-        self.last_weights = self.add_state("last_weights", input_shape)
         super().build(input_shape)
 
-    def weigh(self, values: Any, training: bool) -> Any:
-        """Return the weights of the terms, shape `(terms,)`."""
-        is_first = ops.equal(self.steps, 0)
-        first, last_weights = map(ops.convert_to_tensor, (self.first, self.last_weights))
-        if not training:
-            return ops.where(is_first, ops.ones_like(values), last_weights)
+    def weigh(self, values: Any) -> Any:
+        """Return the weights of the terms after the first step, shape `(terms,)`."""
+        state = self.first, self.last, self.last_weights
+        first, last, last_weights = map(ops.convert_to_tensor, state)
+        first = ops.where(self.steps > 1, first, last)
+        self.first.assign(first)
 
         def balance(reference: Any) -> Any:
             scaled = values / (self.temperature * reference + keras.config.epsilon())
@@ -194,11 +205,19 @@ class ReLoBRaLo(_Remembering):
 
         draw: Any = keras.random.uniform((), seed=self.seed_generator)
         history = ops.where(draw < self.lookback, last_weights, balance(first))
-        weights = self.alpha * history + (1 - self.alpha) * balance(self.last)
-        weights = ops.where(is_first, ops.ones_like(values), weights)
-        self.first.assign(ops.where(is_first, values, first))
-        self.last_weights.assign(weights)
-        return weights
+        return self.alpha * history + (1 - self.alpha) * balance(last)
+
+    # Keras does not save the state of a generator.
+
+    def save_own_variables(self, store: Any) -> None:
+        """Save the weights, and the state of the generator."""
+        super().save_own_variables(store)
+        store["draws"] = ops.convert_to_numpy(self.seed_generator.state.value)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Load the weights, and the state of the generator."""
+        super().load_own_variables({key: store[key] for key in store if key != "draws"})
+        self.seed_generator.state.assign(store["draws"])
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments of the constructor."""
