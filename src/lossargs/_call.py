@@ -194,7 +194,10 @@ class Call(keras.losses.Loss):
             if self.loss.terms:
                 return self._combine(y_true, y_pred)
             targets = () if y_true is None else y_true  # `None` is a leaf to Keras
-            return super().__call__(targets, y_pred, self.weight)
+            weight = self.weight
+            if weight is not None and keras.backend.backend() == "torch":
+                weight = keras.ops.copy(weight)  # Keras multiplies it by the mask in place
+            return super().__call__(targets, y_pred, weight)
         except Exception as error:
             self._explain(error, y_true, y_pred)
             raise

@@ -262,8 +262,8 @@ def _of(parts: Parts, cls: Any) -> Any:
         "weights": tuple(factors for factors, _ in terms),
         "constants": tuple(factors for factors, loss in parts if loss is None),
     }
-    dtypes = [term.dtype for term in args["terms"]]
-    dtype = keras.backend.result_type(keras.config.floatx(), *dtypes)
+    dtypes = (keras.config.floatx(), *(term.dtype for term in args["terms"]))
+    dtype = max(dtypes, key=lambda name: int(name[-2:]))  # e.g. "float32"
     return cls.of(SUM, args, name="sum", reduction="sum_over_batch_size", dtype=dtype)
 
 
