@@ -294,14 +294,6 @@ def test_saved_model_continues_as_one_network(tmp_path):
     assert json.loads(output.splitlines()[-1]) == [4, pytest.approx(history, rel=1e-6)]
 
 
-def test_detached_model_keeps_other_derivatives():
-    x, t = inputs()
-    v = x**2 * t
-    u, u_x = derivatives(v, (v, x))
-    model = keras.Model([x, t], [attach(u, losses.equation(u_t=u_x, u_xx=0.0)), u_x])
-    assert_same(detach(model).predict([X, T], verbose=0), [X**2 * T, 2 * X * T])
-
-
 def test_layers_stay_shared_with_the_rest(tmp_path):
     x, t = inputs()
     hidden = layers.Dense(4, name="first")(joined(x, t))
