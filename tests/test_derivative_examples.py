@@ -19,7 +19,6 @@ def finished(name, epochs, folder):
 
 
 def test_heat_equation(tmp_path):
-    pytest.importorskip("matplotlib")
     record, result = finished("heat_equation", 8, tmp_path)
     history = record["history"]
     assert set(history) == {"loss", "residual"}
@@ -32,7 +31,6 @@ def test_heat_equation(tmp_path):
 
 
 def test_wgan_gp(tmp_path):
-    pytest.importorskip("matplotlib")
     pytest.importorskip("sklearn")
     record, result = finished("wgan_gp", 2, tmp_path)
     assert set(record["history"]) == {"loss", "distance", "penalty"}
@@ -42,8 +40,7 @@ def test_wgan_gp(tmp_path):
     names = "fidelity", "coverage"
     # The normal distribution blurs: a check that it passed would say nothing.
     assert all(normal[name] > 1.3 * training[name] for name in names)
-    limits = {name: (training[name] + 2 * normal[name]) / 3 for name in names}
-    close = all(generated[name] < limits[name] for name in names)
+    close = all(generated[name] < (training[name] + 2 * normal[name]) / 3 for name in names)
     learned = close and min(record["shares"]) >= 0.03
     assert (result.returncode == 0) == learned
     assert ("it did not learn" in result.stderr) != learned

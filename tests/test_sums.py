@@ -20,7 +20,14 @@ import sums
 import vaes
 from helpers import BACKEND, KERAS, TESTS, linear_model, predictions, run_python, to_float
 from lossargs import (
-    ArgumentError, AttachError, BatchError, LossArgs, LossArgsError, SavingError, attach, live_args,
+    ArgumentError,
+    AttachError,
+    BatchError,
+    LossArgs,
+    LossArgsError,
+    SavingError,
+    attach,
+    live_args,
     with_args,
 )  # fmt: skip
 from sums import mae, masked, mse, total
@@ -85,7 +92,7 @@ def test_operators(make, text, value):
 
 def test_what_is_no_sum_is_the_loss_itself():
     loss = mse()
-    for same in (loss + 0, 0.0 + loss, loss * 1, loss / 1, -(-loss), sum([loss]), loss * 4 / 4):
+    for same in (loss + 0, 0.0 + loss, loss * 1, loss / 1, -1 * -loss, sum([loss]), loss * 4 / 4):
         assert same is loss
 
 
@@ -96,8 +103,8 @@ def test_what_is_no_sum_is_the_loss_itself():
         (lambda: HALF * mse(), "mse() * <PolynomialDecay>", 0.5),
         (lambda: mse() / TWO, "mse() / <variable 'two'>", 0.5),
         (lambda: 3 * (mse() - mae() / 2) * HALF / TWO + 10,
-         "3 * mse() * <PolynomialDecay> / <variable 'two'> "
-         "- 1.5 * mae() * <PolynomialDecay> / <variable 'two'> + 10", 10.375),
+         ("3 * mse() * <PolynomialDecay> / <variable 'two'> "
+         "- 1.5 * mae() * <PolynomialDecay> / <variable 'two'> + 10"), 10.375),
         (lambda: (mse() + 10) * TWO, "mse() * <variable 'two'> + 10 * <variable 'two'>", 22),
         (lambda: mse() * kinds.Countdown(3.0) + mae(), "mse() * <Countdown> + mae()", 4),
         (lambda: mse() * keras.Variable(3, dtype="int32", trainable=False, name="n") / TWO,
@@ -418,9 +425,7 @@ if BACKEND == "torch":
 
 @fit
 @pytest.mark.filterwarnings("ignore")  # torch's own, of torch.compile
-@each(
-    ("how", "policy"), [*((how, "float32") for how in HOW), ("graph", "mixed_float16")], ids=str
-)
+@each(("how", "policy"), [*((how, "float32") for how in HOW), ("graph", "mixed_float16")], ids=str)
 def test_logs_of_terms_and_weights(data, how, policy):
     if how == "compiled" and BACKEND == "torch" and KERAS < (3, 12):
         pytest.skip("torch.compile fails on any loss of this Keras")

@@ -15,12 +15,13 @@ Path = tuple[int, ...]  # a result, and the arguments to differentiate along, on
 Gradients = dict[Path, Any]
 Along = dict[Path, set[int]]
 Tensors = dict[int, Any]
+Function = Callable[[Tensors], Gradients]
 
 # The functions of backends take a function that returns results, or results and gradients of them.
 # They return the same, and the gradients of some of these along arguments.
 
 
-def _tensorflow(function: Callable[[Tensors], Gradients], along: Along, xs: Tensors) -> Gradients:
+def _tensorflow(function: Function, along: Along, xs: Tensors) -> Gradients:
     import tensorflow as tf  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
     xs = {x: tf.identity(tensor) for x, tensor in xs.items()}  # two of them may be one tensor
@@ -35,7 +36,7 @@ def _tensorflow(function: Callable[[Tensors], Gradients], along: Along, xs: Tens
     return values
 
 
-def _jax(function: Callable[[Tensors], Gradients], along: Along, xs: Tensors) -> Gradients:
+def _jax(function: Function, along: Along, xs: Tensors) -> Gradients:
     import jax  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
     values: Gradients
@@ -52,11 +53,9 @@ def _jax(function: Callable[[Tensors], Gradients], along: Along, xs: Tensors) ->
     return values
 
 
-def _torch(function: Callable[[Tensors], Gradients], along: Along, xs: Tensors) -> Gradients:
+def _torch(function: Function, along: Along, xs: Tensors) -> Gradients:
     import torch  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
-    if torch.compiler.is_compiling():  # what it compiles has no second derivative
-        return torch.compiler.disable(_torch)(function, along, xs)  # type: ignore[no-any-return]
     recording, checking = torch.is_grad_enabled(), in_symbolic_scope()
     with torch.enable_grad():  # also when evaluating
         # Two of them may be one tensor.
@@ -81,6 +80,14 @@ def _torch(function: Callable[[Tensors], Gradients], along: Along, xs: Tensors) 
     return values if recording else {path: value.detach() for path, value in values.items()}
 
 
+def _torch_uncompiled(function: Function, along: Along, xs: Tensors) -> Gradients:
+    import torch  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
+
+    # What `torch.compile` makes has no second derivative.
+    body = torch.compiler.disable(_torch) if torch.compiler.is_compiling() else _torch
+    return body(function, along, xs)
+
+
 def _refuse_cut_graph(value: Any) -> None:
     """Fail if a value is a gradient of a function that can be differentiated only once."""
     pending, seen = [value.grad_fn], {None}
@@ -93,7 +100,7 @@ def _refuse_cut_graph(value: Any) -> None:
                 raise RuntimeError("a function marked with @once_differentiable is in the way")
 
 
-_BACKENDS = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
+_BACKENDS = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch_uncompiled}
 
 
 def has_derivatives() -> bool:
@@ -109,7 +116,7 @@ def differentiate(
     def results(xs: Tensors) -> Gradients:
         return {(y,): value for y, value in function(xs).items()}
 
-    derived: Callable[[Tensors], Gradients] = results
+    derived: Function = results
     for order in range(1, max(map(len, paths))):
         along: Along = {}
         for path in paths:
