@@ -48,7 +48,6 @@ def table(step, values, **extra):
         ),
         (table(np.arange(9.0), shift=0.5), lambda n: n + 0.5),
     ],
-    ids=repr,
 )
 def test_values(bound, expected):
     assert isinstance(bound, keras.optimizers.schedules.LearningRateSchedule)
