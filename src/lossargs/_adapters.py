@@ -239,7 +239,7 @@ class SeedGeneratorAdapter(Adapter):
         return self.generator
 
     def save_own_variables(self, store: Any) -> None:
-        """Save the state, which Keras does not do by itself."""
+        """Save the state, which Keras does not save."""
         store["state"] = keras.ops.convert_to_numpy(self.generator.state.value)
 
     def load_own_variables(self, store: Any) -> None:
