@@ -8,7 +8,7 @@ import keras
 
 from lossargs._adapters import LayerAdapter, VariableAdapter
 from lossargs._arguments import collect
-from lossargs._errors import AttachError, LossArgsError, SavingError
+from lossargs._errors import AttachError, LossArgsError, SavingError, listed
 from lossargs._keras import (
     AutocastScope,
     Functional,
