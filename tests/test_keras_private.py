@@ -344,7 +344,8 @@ def test_computing():
 
 
 @private(
-    "get_global_attribute shared_objects/id_to_config_map shared_objects/id_to_obj_map use_legacy_config",
+    "get_global_attribute shared_objects/id_to_config_map shared_objects/id_to_obj_map "
+    "use_legacy_config",
     "to learn how a model is saved: with shared objects, or in the legacy format",
     "saving/serialization_lib.py and legacy/saving/saving_options.py",
 )

@@ -216,7 +216,7 @@ class ReLoBRaLo(_Remembering):
 
     def load_own_variables(self, store: Any) -> None:
         """Load the weights, and the state of the generator."""
-        super().load_own_variables({key: store[key] for key in store.keys() if key != "draws"})
+        super().load_own_variables({key: store[key] for key in store if key != "draws"})
         self.seed_generator.state.assign(store["draws"])
 
     def get_config(self) -> dict[str, Any]:
