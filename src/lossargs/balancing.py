@@ -216,7 +216,8 @@ class ReLoBRaLo(_Remembering):
 
     def load_own_variables(self, store: Any) -> None:
         """Load the weights, and the state of the generator."""
-        super().load_own_variables({key: store[key] for key in store if key != "draws"})
+        weights = {str(i): store[str(i)] for i in range(len(self.weights))}
+        super().load_own_variables(weights)
         self.seed_generator.state.assign(store["draws"])
 
     def get_config(self) -> dict[str, Any]:
