@@ -54,7 +54,7 @@ def test_tensor_given_in_a_call_of_the_layer(data):
 def test_adapters_that_are_wrong(data):
     with pytest.raises(AttachError, match="'shift'"):
         attach(linear_model(), losses.shifted(kinds.MovingAverage()))
-    with pytest.raises(NotImplementedError, match="Adapter has to say in .value. what"):
+    with pytest.raises(NotImplementedError, match="Adapter does not define .value"):
         attach(linear_model(), losses.shifted(Adapter()))(data.x)
     with pytest.raises(ArgumentError, match=r"MovingAverage was given array\(.*symbolic tensor"):
         kinds.MovingAverage(np.ones(3))

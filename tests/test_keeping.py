@@ -221,7 +221,7 @@ def test_weight_as_argument(kind, reload):
         with pytest.raises(LossArgsError, match="is a weight of the model itself"):
             reload(model)
         return
-    with pytest.raises(LossArgsError, match="'weight' of .* is a weight of the layer"):
+    with pytest.raises(LossArgsError, match="'weight' of .* shares weights with the layer"):
         keras.models.clone_model(model)
     loaded = reload(reload(model))
     loss = layer_of(loaded).loss

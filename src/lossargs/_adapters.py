@@ -8,8 +8,16 @@ import numpy as np
 from lossargs._errors import AttachError
 from lossargs._keras import flat_layers, in_sharing_scope, is_autocast
 from lossargs._live import Adapter, Untracked
-from lossargs._serialization import decode, encode, load_object, reading
+from lossargs._serialization import checked, decode, encode, load_object, reading
 from lossargs._values import format_value
+
+_OPTIONS: dict[str, tuple[type, ...]] = {  # of a variable
+    "dtype": (str,),
+    "trainable": (bool,),
+    "name": (str,),
+    "autocast": (bool,),
+    "aggregation": (str, type(None)),
+}
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
@@ -97,8 +105,9 @@ class VariableAdapter(Adapter):
                 layer, place = config["owner"]
                 owner = (load_object(layer, keras.Layer), place)
                 return cls(**{**config, "owner": owner})
-            options = dict(config["variable"])
-            value = decode(options.pop("value"))
+            saved = checked(config, "variable", dict)
+            options = {name: checked(saved, name, *kinds) for name, kinds in _OPTIONS.items()}
+            value = decode(saved["value"])
             # Keras would call a function for the value.
             if not isinstance(value, np.ndarray):
                 raise TypeError(f"'value' is a {type(value).__name__}")
@@ -239,7 +248,7 @@ class SeedGeneratorAdapter(Adapter):
         return self.generator
 
     def save_own_variables(self, store: Any) -> None:
-        """Save the state, which Keras does not do by itself."""
+        """Save the state, which Keras does not save."""
         store["state"] = keras.ops.convert_to_numpy(self.generator.state.value)
 
     def load_own_variables(self, store: Any) -> None:

@@ -33,9 +33,10 @@ class Arguments:
 
     def named_metrics(self) -> list[tuple[BoundLoss, Any, str]]:
         """Return the metrics of tracked losses and weights, with the loss and a name of each."""
-        weights = [(loss, metric) for loss, _, metric in self.weights]
-        pairs = zip((*self.tracked, *weights), self.names, strict=True)
-        return [(*pair, name) for pair, name in pairs]
+        pairs: list[tuple[BoundLoss, Any]] = [*self.tracked]
+        pairs += [(loss, metric) for loss, _, metric in self.weights]
+        named = zip(pairs, self.names, strict=True)
+        return [(loss, metric, name) for (loss, metric), name in named]
 
     def takes(self, name: str) -> bool:
         """Return whether a loss has an argument of that name."""

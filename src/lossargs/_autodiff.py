@@ -26,7 +26,7 @@ def _tensorflow(function: Function, along: Along, xs: Tensors) -> Gradients:
 
     xs = {x: tf.identity(tensor) for x, tensor in xs.items()}  # two of them may be one tensor
     with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
-        tape.watch(xs)
+        tape.watch(list(xs.values()))
         values = function(xs)
     for path, places in along.items():
         sources, zero = [xs[x] for x in places], tf.UnconnectedGradients.ZERO

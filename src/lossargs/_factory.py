@@ -61,7 +61,7 @@ class LossFactory(Factory[P]):
 
     def __init__(self, function: LossFunction, **options: Unpack[Options]) -> None:
         name = options.get("name") or function.log_name
-        reduction, dtype = options["reduction"], options.get("dtype")
+        reduction, dtype = options.get("reduction"), options.get("dtype")
         # Checks the options as Keras does, once, here.
         keras.losses.Loss(name=name, reduction=reduction)  # pyright: ignore[reportArgumentType]
         if dtype is not None:
@@ -95,7 +95,8 @@ class LossFactory(Factory[P]):
             >>> huber.options(reduction="sum")(delta=2.0)
             huber.options(reduction='sum')(delta=2.0)
         """
-        return LossFactory(self.function, **{**self._options, **changes})
+        options: Any = {**self._options, **changes}
+        return LossFactory(self.function, **options)
 
 
 class _Decorator(Protocol):

@@ -8,7 +8,7 @@ import keras
 
 from lossargs._adapters import LayerAdapter, VariableAdapter
 from lossargs._arguments import collect
-from lossargs._errors import AttachError, LossArgsError, SavingError
+from lossargs._errors import AttachError, LossArgsError, SavingError, listed
 from lossargs._keras import (
     AutocastScope,
     Functional,
@@ -31,7 +31,7 @@ from lossargs._keras import (
 from lossargs._live import Adapter, StepValues, Untracked, set_step_values
 from lossargs._logs import LiveArg, settle_names
 from lossargs._loss import BoundLoss
-from lossargs._serialization import load_object, reading
+from lossargs._serialization import checked, load_object, reading
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
@@ -343,11 +343,16 @@ class LossArgs(keras.Layer):
     @staticmethod
     def losses_from_config(config: dict[str, Any]) -> list[BoundLoss]:
         """Return the loss and the tracked losses that a config describes."""
-        return [load_object(one, BoundLoss) for one in (config["loss"], *config["track"])]
+        return [
+            load_object(one, BoundLoss) for one in (config["loss"], *checked(config, "track", list))
+        ]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         with reading("The config of a LossArgs layer"):
             loss, *track = cls.losses_from_config(config)
             options = {k: v for k, v in config.items() if k not in ("loss", "track")}
+            checked(options, "new_inputs", list, type(None))
+            if unknown := options.keys() - {"name", "trainable", "new_inputs"}:
+                raise ValueError(f"it has unknown entries: {listed(sorted(unknown))}")
             return cls(loss, track=track, **options)

@@ -72,7 +72,7 @@ class BoundSchedule(keras.optimizers.schedules.LearningRateSchedule):
         step = keras.ops.cast(keras.ops.convert_to_tensor(step), "float32")
         args = {name: to_tensors(one, "float32", name) for name, one in self.bound_args.items()}
         with ReadScope() as scope:
-            value = keras.ops.convert_to_tensor(self.schedule_function.fn(step, **args))
+            value: Any = keras.ops.convert_to_tensor(self.schedule_function.fn(step, **args))
         for variable in scope.variables.values():
             raise self._outside(f"reads the variable {variable.path!r}", "variable")
         if tuple(value.shape) != ():

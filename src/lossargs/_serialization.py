@@ -45,7 +45,7 @@ def encode(value: Any, where: str, encode_live: Callable[[Any], Any] | None = No
                 f"{where} is {format_value(value)}, which is saved with its model only. "
                 "Attach the loss, and save the model: attach(model, loss).save(path)."
             )
-        config = keras.saving.serialize_keras_object(encode_live(value))
+        config: Any = keras.saving.serialize_keras_object(encode_live(value))
         config.pop("compile_config", None)  # of a network that was trained before
         return {"kind": "live", "object": config}
     try:

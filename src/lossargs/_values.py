@@ -224,7 +224,7 @@ def cache_key(value: Any) -> Hashable:
         return dict, tuple((cache_key(k), cache_key(v)) for k, v in value.items())
     if isinstance(value, (list, tuple)):
         return cls, tuple(map(cache_key, value))
-    if cls is np.ndarray:
+    if isinstance(value, np.ndarray):
         return cls, value.dtype, value.shape, hashlib.blake2b(value.tobytes()).digest()
     if cls in (float, complex):
         return cls, repr(value)  # 0.0 and -0.0 are equal, NaN is not

@@ -50,8 +50,8 @@ class Uncertainty(keras.layers.Layer):
         Args:
             values: The values of the terms, shape `(terms,)`.
         """
-        s = ops.convert_to_tensor(self.log_variances)
-        weights = ops.exp(-s)
+        s: Any = ops.convert_to_tensor(self.log_variances)
+        weights: Any = ops.exp(-s)
         return ops.sum(weights * values + s), weights
 
 
@@ -201,10 +201,11 @@ class ReLoBRaLo(_Remembering):
 
         def balance(reference: Any) -> Any:
             scaled = values / (self.temperature * reference + keras.config.epsilon())
-            return ops.softmax(scaled) * values.shape[0]
+            weights: Any = ops.softmax(scaled)
+            return weights * values.shape[0]
 
         draw: Any = keras.random.uniform((), seed=self.seed_generator)
-        history = ops.where(draw < self.lookback, last_weights, balance(first))
+        history: Any = ops.where(draw < self.lookback, last_weights, balance(first))
         return self.alpha * history + (1 - self.alpha) * balance(last)
 
     # Keras does not save the state of a generator.
@@ -216,7 +217,8 @@ class ReLoBRaLo(_Remembering):
 
     def load_own_variables(self, store: Any) -> None:
         """Load the weights, and the state of the generator."""
-        super().load_own_variables({key: store[key] for key in store.keys() if key != "draws"})  # noqa: SIM118 - a store is no dict
+        weights = {str(i): store[str(i)] for i in range(len(self.weights))}
+        super().load_own_variables(weights)
         self.seed_generator.state.assign(store["draws"])
 
     def get_config(self) -> dict[str, Any]:
