@@ -12,6 +12,7 @@ from typing import Any
 
 import keras
 from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from keras.src.models.functional import Functional
 from keras.src.utils.naming import get_object_name
 
@@ -70,7 +71,7 @@ class Step:
 
 def running_step() -> Step | None:
     """Return the step that a model runs, or `None` in a user's own loop."""
-    if is_compiled_by_torch():
+    if is_compiled_by_torch() and not in_symbolic_scope():
         # A look at the stack would break the graph. Keras evaluates without gradients.
         method = "train_step" if sys.modules["torch"].is_grad_enabled() else "test_step"
         return Step(method, None, keeps_state=True)
