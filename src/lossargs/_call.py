@@ -188,6 +188,15 @@ class Call(keras.losses.Loss):
     # Evaluation.
 
     def _reduce(self, y_true: Any, y_pred: Any) -> Any:
+        of, reduced = self.inputs.reduced.get(self.loss, (None, None))
+        if self.is_shared and of is y_pred:
+            return reduced
+        value = self._reduce_now(y_true, y_pred)
+        if self.is_shared:
+            self.inputs.reduced[self.loss] = y_pred, value
+        return value
+
+    def _reduce_now(self, y_true: Any, y_pred: Any) -> Any:
         self._args = self._resolve_args()
         self._given = (y_true, y_pred)
         try:
@@ -204,9 +213,6 @@ class Call(keras.losses.Loss):
 
     def _combine(self, y_true: Any, y_pred: Any) -> Any:
         """Return the value of a loss that combines the values of its terms."""
-        of, combined = self.inputs.combined.get(self.loss, (None, None))
-        if self.is_shared and of is y_pred:
-            return combined
         terms, values = self.loss.terms, {}
         # An inner sum has one number for each sample; other losses combine reduced terms only.
         is_reduced = self.reduction is not None or self.loss.loss_function is not SUM
@@ -225,10 +231,7 @@ class Call(keras.losses.Loss):
         if isinstance(value, tuple):
             value, self.inputs.term_weights[self.loss] = value
         value = keras.ops.cast(value, self.dtype)
-        value = scale_loss_for_distribution(value) if is_reduced else value
-        if self.is_shared:
-            self.inputs.combined[self.loss] = y_pred, value
-        return value
+        return scale_loss_for_distribution(value) if is_reduced else value
 
     def _tensors(self, args: Mapping[str, Any]) -> dict[str, Any]:
         """Return arguments as the function receives them."""

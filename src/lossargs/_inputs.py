@@ -31,7 +31,7 @@ class Inputs:
     # `None` where a compiler merges equal computations, or there are none.
     memo: dict[Any, Any] | None = None
     # Predictions and values of losses of terms, whose rules must run once per step.
-    combined: dict[Any, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+    reduced: dict[Any, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
     # Of losses that compute the weights of their terms.
     term_weights: dict[Any, Any] = dataclasses.field(default_factory=dict)
 

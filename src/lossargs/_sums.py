@@ -21,7 +21,7 @@ Factors = tuple[Any, ...]
 
 def weighted_sum(values: Any, _: Any, *, terms: Any = (), weights: Any, constants: Any) -> Any:  # noqa: ARG001
     """Return the weighted sum of the values of the terms, and of the constants."""
-    shapes = [shape for value in values if (shape := tuple(value.shape))]
+    shapes = [tuple(value.shape) for value in values if len(value.shape)]
     sizes = [set(sizes) - {None} for sizes in itertools.zip_longest(*shapes, fillvalue=-1)]
     if any(len(different) > 1 for different in sizes):
         raise ArgumentError(
