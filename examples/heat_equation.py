@@ -2,9 +2,9 @@
 
 The network u(x, t) shall solve u_t = ALPHA u_xx for x from 0 to 1 and t from 0 to 1, where only
 u(x, 0), u(0, t) and u(1, t) are known. So it is trained with the residual of the equation at
-random points (Raissi et al. 2019, https://doi.org/10.1016/j.jcp.2018.10.045), and with the error
-of u at those where u is known. The loss gets u_t and u_xx as tensors of the graph, by
-`derivatives`, and with each batch the weight of the error at each point, zero where u is unknown.
+random points (Raissi et al. 2019, https://doi.org/10.1016/j.jcp.2018.10.045), plus the error of u
+at those where u is known. The residual gets u_t and u_xx as tensors of the graph, by
+`derivatives`; the error gets with each batch the weight of each point, zero where u is unknown.
 
 It learns without data, on JAX, TensorFlow or PyTorch, and is compared with the exact solution:
 
@@ -50,13 +50,13 @@ def squared(values):
 
 
 @with_args
-def heat_loss(u_true, u, *, u_t, u_xx, weight):
-    return squared(u_t - ALPHA * u_xx) + weight * squared(u_true - u)
+def residual(_u_true, _u, *, u_t, u_xx):
+    return squared(u_t - ALPHA * u_xx)
 
 
 @with_args
-def residual(_u_true, _u, *, u_t, u_xx, **_batch: object):
-    return squared(u_t - ALPHA * u_xx)
+def error(u_true, u, *, weight):
+    return weight * squared(u_true - u)
 
 
 def compiled_network(steps: int) -> keras.Model:
@@ -67,8 +67,8 @@ def compiled_network(steps: int) -> keras.Model:
     u = layers.Dense(1)(hidden)
 
     u, u_t, u_xx = derivatives(u, (u, t), (u, x, x))
-    loss = heat_loss(u_t=u_t, u_xx=u_xx)  # its `weight` comes with the batch
-    model = keras.Model([x, t], attach(u, loss, track=[residual(u_t=u_t, u_xx=u_xx)]))
+    loss = residual(u_t=u_t, u_xx=u_xx) + error()  # its `weight` comes with the batch
+    model = keras.Model([x, t], attach(u, loss))
     rate = keras.optimizers.schedules.CosineDecay(1e-2, steps)
     model.compile(keras.optimizers.Adam(rate, beta_2=0.99), loss=loss)
     return model
@@ -106,8 +106,8 @@ def draw(true, found, history: dict[str, list[float]], path: Path) -> None:
         panel.set(title=title, xlabel="t", ylabel="x")
         figure.colorbar(image, ax=panel)
     epochs = range(1, len(history["loss"]) + 1)
-    for name, label in (("loss", "loss"), ("residual", "residual of the equation")):
-        panels[3].semilogy(epochs, history[name], linewidth=2, label=label)
+    for name in ("loss", "residual", "error"):
+        panels[3].semilogy(epochs, history[name], linewidth=2, label=name)
     panels[3].set(title="training", xlabel="epoch")
     panels[3].grid(alpha=0.3)
     panels[3].spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""A variational autoencoder: its loss reads tensors of layers, and a weight that is annealed.
+"""A variational autoencoder: its loss is a sum, whose second term reads layers and is annealed.
 
 The loss of a VAE (Kingma & Welling 2014, arXiv:1312.6114) is the error of the reconstructed digit
 plus `beta` times the KL divergence of its code, given by `z_mean` and `z_log_var`, from N(0, I);
@@ -44,25 +44,14 @@ from lossargs import attach, detach, with_args  # noqa: E402
 PIXELS, LATENT, BATCH = 784, 8, 100
 
 
-def binary_error(y_true, y_pred):  # one number for each digit, as are all below
+@with_args
+def reconstruction(y_true, y_pred):  # one number for each digit
     return PIXELS * keras.losses.binary_crossentropy(y_true, y_pred)  # sum over pixels, not mean
 
 
-def divergence(z_mean, z_log_var):
+@with_args
+def kl(_y_true, _y_pred, *, z_mean, z_log_var):
     return 0.5 * ops.sum(ops.square(z_mean) + ops.exp(z_log_var) - z_log_var - 1, axis=-1)
-
-
-@with_args
-def vae_loss(y_true, y_pred, *, z_mean, z_log_var, beta):
-    return binary_error(y_true, y_pred) + beta * divergence(z_mean, z_log_var)
-
-
-@with_args
-def kl_term(_y_true, _y_pred, *, z_mean, z_log_var):
-    return divergence(z_mean, z_log_var)
-
-
-reconstruction = with_args(binary_error, name="reconstruction")
 
 
 @keras.saving.register_keras_serializable(package="vae")
@@ -89,9 +78,8 @@ def compiled_vae(annealing_steps: int) -> keras.Model:
     decoded = decoder(Sampling()(z_mean, z_log_var))
 
     beta = PolynomialDecay(0.0, annealing_steps, end_learning_rate=1.0)
-    loss = vae_loss(z_mean=z_mean, z_log_var=z_log_var, beta=beta)
-    terms = [reconstruction(), kl_term(z_mean=z_mean, z_log_var=z_log_var)]  # for the log
-    model = keras.Model(digit, attach(decoded, loss, track=terms))
+    loss = reconstruction() + kl(z_mean=z_mean, z_log_var=z_log_var) * beta
+    model = keras.Model(digit, attach(decoded, loss))
     model.compile(keras.optimizers.Adam(2e-3), loss=loss)
     return model
 
@@ -100,9 +88,9 @@ def draw(history: dict[str, list[float]], generated: np.ndarray, path: Path) -> 
     from matplotlib.figure import Figure  # without pyplot it needs no screen
 
     figure = Figure(figsize=(12, 5), layout="constrained")
-    rows = [["beta", "reconstruction", "digits"], ["kl_term", "loss", "digits"]]
+    rows = [["kl_weight", "reconstruction", "digits"], ["kl", "loss", "digits"]]
     panels = figure.subplot_mosaic(rows, width_ratios=[1, 1, 1.6])
-    for name in ("beta", "reconstruction", "kl_term", "loss"):
+    for name in ("kl_weight", "reconstruction", "kl", "loss"):
         for prefix in ("", "val_"):
             panels[name].plot(history[prefix + name], label=prefix + name)
         panels[name].set(xlabel="epoch, from 0")

@@ -21,7 +21,7 @@ def finished(name, epochs, folder):
 def test_heat_equation(tmp_path):
     record, result = finished("heat_equation", 8, tmp_path)
     history = record["history"]
-    assert set(history) == {"loss", "residual"}
+    assert set(history) == {"loss", "residual", "error"}
     assert history["loss"][-1] < history["loss"][0] / 4
     assert record["relative_l2_error"] < 0.1
     solved = record["max_error"] < 1e-2

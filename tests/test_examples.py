@@ -209,21 +209,22 @@ def test_the_vae_learns_anneals_saves_loads_and_draws(tmp_path):
     record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     history = record.pop("history")
     assert record == {"backend": BACKEND, "seed": 3, "annealing_steps": 40}
-    names = {"loss", "beta", "kl_term", "reconstruction"}
+    names = {"loss", "kl_weight", "kl", "reconstruction"}
     assert set(history) == names | {f"val_{name}" for name in names}
     # As the schedule says: in the last step of each epoch of 40 steps, and after it.
-    assert history["beta"] == pytest.approx([39 / 40, 1])
-    assert history["val_beta"] == pytest.approx([1, 1])
+    assert history["kl_weight"] == pytest.approx([39 / 40, 1])
+    assert history["val_kl_weight"] == pytest.approx([1, 1])
     for epoch in range(2):
         loss, beta, kl, error = (
-            history[f"val_{name}"][epoch] for name in ("loss", "beta", "kl_term", "reconstruction")
+            history[f"val_{name}"][epoch] for name in ("loss", "kl_weight", "kl", "reconstruction")
         )
         assert loss == pytest.approx(error + beta * kl, rel=1e-5)
         assert kl > 1
     assert (tmp_path / "run.png").read_bytes().startswith(PNG)
 
     trained, loaded, detached, mean = result.stdout.splitlines()[-4:]
-    assert trained.startswith(" trained: test beta 1.0000, test kl_term ")
+    assert trained.startswith(" trained: test kl ")
+    assert ", test kl_weight 1.0000, " in trained
     assert loaded == trained.replace("trained", " loaded")
     assert float(detached.split()[4]) < 1e-5
     assert mean.startswith("The mean digit has a reconstruction error of ")
