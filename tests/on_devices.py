@@ -44,6 +44,8 @@ def make_model():
         adv=adv,
         slope=grad(ops.tanh(y), x),
     )
+    codes = code_size.options(name="codes", reduction="sum")(code=code)
+    loss += codes * keras.Variable(0.01, trainable=False) + keras.losses.Huber(name="huber") + 1
     model = keras.Model([x, adv], attach(y, loss, track=[code_size(code=code)]))
     model.compile(keras.optimizers.SGD(0.1), loss=loss)
     return model

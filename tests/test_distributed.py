@@ -50,6 +50,7 @@ def test_two_devices_give_the_numbers_of_one():
     history, variables = run("on_devices.py")
     expected_history, expected_variables = on_devices.train()
     names = ["loss", "live", "schedule", "trained", "code_size"]
+    names += ["everything", "codes", "codes_weight", "huber"]  # terms of a sum
     assert set(history) == {f"{prefix}{name}" for prefix in ("", "val_") for name in names}
     for name, values in expected_history.items():
         np.testing.assert_allclose(history[name], values, rtol=2e-5, err_msg=name)
