@@ -3,7 +3,7 @@
     python bench.py --backend jax --json jax.json
 
 In one process and by turns: the time of a step of training, and what the step is; a change of a
-value; binding; and how the cost of live arguments grows. `--only steps` measures one of these.
+value; binding; how the cost of live arguments grows; sums. `--only steps` measures one of these.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 PARSER = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 PARSER.add_argument("--backend", choices=("jax", "tensorflow", "torch"))
 PARSER.add_argument("--turns", type=int, default=30, help="default: %(default)s")
-PARSER.add_argument("--only", choices=("steps", "changes", "binding", "growth"))
+PARSER.add_argument("--only", choices=("steps", "changes", "binding", "growth", "sums"))
 PARSER.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there")
 
 if __name__ == "__main__":
@@ -39,10 +39,13 @@ from cases import (  # noqa: E402
     Case,
     closure,
     compute_loss,
+    keras_losses,
     live,
+    one_function,
     perceptron,
     random_data,
     squared,
+    sum_of_terms,
 )
 from measuring import BACKEND, MODES, paired_times, program, ratio, step_times, write  # noqa: E402
 
@@ -247,8 +250,26 @@ def growth(turns: int) -> dict[str, Any]:
     return results
 
 
+def sums(turns: int) -> dict[str, Any]:
+    """A sum beside one function with the same logs, for growing numbers of terms."""
+    results: dict[str, Any] = {}
+    for mode, options in MODES.items():
+        for count in (2, 4, 8):
+            ways = {
+                "one function": functools.partial(one_function, count=count),
+                "Keras losses": functools.partial(keras_losses, count=count),
+                "lossargs": functools.partial(sum_of_terms, count=count),
+            }
+            numbers = compared(ways, CASES["tiny"], options, turns)
+            results.setdefault(mode, {})[str(count)] = numbers
+            print(mode, count, numbers, flush=True)
+    return results
+
+
 def main(options: argparse.Namespace) -> None:
+    measures: dict[str, Callable[[int], dict[str, Any]]]
     measures = {"steps": steps, "changes": changes, "binding": binding, "growth": growth}
+    measures["sums"] = sums
     chosen = [options.only] if options.only else list(measures)
     write(
         options.json,

@@ -204,6 +204,68 @@ def live(case: Case, count: int = 1) -> keras.Model:
     return compiled(keras.Model(x, attach(y, loss)), loss)
 
 
+# A sum of terms, each of them logged.
+
+
+def terms(count: int) -> list[Callable[[Any, Any], Any]]:
+    """Functions of one number for each sample, no two of them equal."""
+
+    def term(power: float) -> Callable[[Any, Any], Any]:
+        def difference(y_true, y_pred):
+            return ops.mean(ops.abs(y_true - y_pred) ** power, axis=-1)
+
+        return difference
+
+    return [term(1 + place / 4) for place in range(count)]
+
+
+class Reduced(losses.Loss):
+    """A term as a plain Keras loss, which applies masks and sample weights."""
+
+    def __init__(self, function: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def call(self, y_true, y_pred):
+        return self.function(y_true, y_pred)
+
+
+class WithTerms(keras.Model):
+    """A model whose loss is one function, with a metric for each of its parts."""
+
+    def hold(self, parts: list[Callable[[Any, Any], Any]]) -> None:
+        self.parts = parts
+        self.logged = [keras.metrics.Mean(name=f"term_{place}") for place in range(len(parts))]
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        values = [ops.mean(part(y, y_pred)) for part in self.parts]
+        for value, metric in zip(values, self.logged, strict=True):
+            metric.update_state(value, sample_weight=ops.shape(y)[0])
+        weighted = [value / (place + 1) for place, value in enumerate(values)]
+        return sum(weighted[1:], weighted[0])
+
+
+def one_function(case: Case, count: int) -> keras.Model:
+    x, y, _ = case.network()
+    model = WithTerms(x, y)
+    model.hold(terms(count))
+    return compiled(model, None)
+
+
+def keras_losses(case: Case, count: int) -> keras.Model:
+    x, y, _ = case.network()
+    model = WithTerms(x, y)
+    model.hold([Reduced(part) for part in terms(count)])
+    return compiled(model, None)
+
+
+def sum_of_terms(case: Case, count: int) -> keras.Model:
+    named = [(f"term_{place}", part) for place, part in enumerate(terms(count))]
+    loss = sum(with_args(part, name=name)() / (i + 1) for i, (name, part) in enumerate(named))
+    x, y, _ = case.network()
+    return compiled(keras.Model(x, attach(y, loss)), loss)
+
+
 CONSTANT = {"closure": closure, "Loss subclass": loss_class, "lossargs": constant}
 LIVE = {"compute_loss": compute_loss, "add_loss": add_loss, "lossargs": live}
 

@@ -153,6 +153,20 @@ def growth(records):
     return table("lllrlrll", *rows)
 
 
+def sums(records):
+    """Sums of terms beside one function."""
+    rows = [("", "terms", "written as", "step time", "quartiles", "ms", "the step")]
+    for record in records:
+        for mode, counts in record["sums"].items():
+            where = f"{NAMES[record['backend']]}, {mode}"
+            rows += [
+                (where, count, way, *compared(one), program(one))
+                for count, ways in counts.items()
+                for way, one in ways.items()
+            ]
+    return table("lrlrlrl", *rows)
+
+
 def measured_with(records):
     """The machine and the versions, in a sentence."""
     versions = {}
@@ -223,7 +237,7 @@ def main(options):
     found = read(options.results, "derivatives")
     put(here, "derivatives", f"{derivatives(found)}\n\n{measured_with(found)}")
     found = read(options.results, "bench")
-    for one in (steps, changes, binding, growth):
+    for one in (steps, changes, binding, growth, sums):
         put(here, one.__name__, f"{one(found)}\n\n{measured_with(found)}")
     put(ROOT / "docs" / "speed.md", "benchmarks", f"{in_short(found)}\n\n{measured_with(found)}")
     picture(found, ROOT / "docs" / "benchmarks.png")
