@@ -57,8 +57,14 @@ print("trains with", lossargs.__file__, logs)
 # A core and some gigabytes for each process. Those of one file together: the code blocks of a page
 # build on each other, and the tests of a module share what is slow to make.
 PARALLEL = ["--numprocesses=auto", "--maxprocesses=4", "--dist=loadscope"]
-# Tests of what no version of Keras changes.
-ALIKE = ("test_examples.py", "test_isolation.py", "test_main.py", "test_site.py")
+# Tests of what no version of Keras changes, and of examples, which draw pictures.
+ALIKE = (
+    "test_derivative_examples.py",
+    "test_examples.py",
+    "test_isolation.py",
+    "test_main.py",
+    "test_site.py",
+)
 
 each_backend = nox.parametrize(
     "backend", [nox.param(b, id=b, tags=[b]) for b in (*TRAINING_BACKENDS, "numpy")]

@@ -20,6 +20,12 @@ KERAS = tuple(int(part) for part in keras.__version__.split(".")[:2])
 TESTS = Path(__file__).parent
 
 
+def each_writer(test):
+    """Run a test with the stored models of each backend, on the Keras that wrote them."""
+    skip = pytest.mark.skipif(KERAS < (3, 15), reason="layers of the Keras that wrote it have more")
+    return skip(pytest.mark.parametrize("written_on", ["jax", "tensorflow", "torch"])(test))
+
+
 def linear_model() -> keras.Model:
     """The same linear model, 3 to 2, on every backend."""
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])

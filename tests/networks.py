@@ -216,6 +216,13 @@ def attached(*cases):
 class ByHand(keras.Model):
     """The linear model with parts, and a `compute_loss` that uses them."""
 
+    def __init__(self, network, parts, objectives):
+        super().__init__()
+        self.network, self.parts, self.objectives = network, parts, objectives
+
+    def call(self, x, training=None):
+        return self.network(x, training=training)
+
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         pairs = zip(self.objectives, self.parts, strict=True)
         return sum(objective(part, y, y_pred, training) for objective, part in pairs)
@@ -223,9 +230,9 @@ class ByHand(keras.Model):
 
 def by_hand(*cases):
     network = linear_model()
-    model = ByHand(network.inputs[0], network.outputs[0])
-    model.parts = [part_of(case, network) for case in cases]
-    model.objectives = [CASES[case][2] for case in cases]
+    parts = [part_of(case, network) for case in cases]
+    model = ByHand(network, parts, [CASES[case][2] for case in cases])
+    model(X)
     return model
 
 

@@ -54,7 +54,8 @@ def check_wheel(path: Path, version: str) -> None:
         names = set(wheel.namelist())
         info = f"lossargs-{version}.dist-info"
         check_metadata(wheel.read(f"{info}/METADATA").decode(), version)
-    modules = {f"lossargs/{file.name}" for file in (ROOT / "src/lossargs").glob("*.py")}
+    source = ROOT / "src"
+    modules = {str(file.relative_to(source)) for file in source.rglob("*.py")}
     own = {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE"}
     assert names == {*modules, "lossargs/py.typed", *(f"{info}/{name}" for name in own)}, names
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from helpers import BACKEND, attached, fixed, linear_model, predictions, raising
+from helpers import BACKEND, KERAS, attached, fixed, linear_model, predictions, raising
 from lossargs import ArgumentError, BatchError, with_args
 from losses import masked, scaled, shifted
 
@@ -184,6 +184,8 @@ def test_no_targets():
     history = model.fit(x, validation_data=(x,), verbose=0).history
     assert [*history["loss"], *history["val_loss"]] == pytest.approx([np.mean(expected)] * 2)
     assert history["other"] == pytest.approx([2 * np.mean(expected)])
+    if KERAS < (3, 15) and BACKEND == "torch":
+        return  # a generator's batch cannot hold None there
     batches = ((x, None, {"sample_weight": weight}) for _ in range(2))
     history = model.fit(batches, steps_per_epoch=2, shuffle=False, verbose=0).history
     assert history["loss"] == pytest.approx([np.mean(weight * expected)])

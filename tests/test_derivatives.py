@@ -12,7 +12,7 @@ import pytest
 from keras import layers, ops
 
 import losses
-from helpers import BACKEND, KERAS, TESTS, message_of, run_python
+from helpers import BACKEND, KERAS, TESTS, each_writer, message_of, run_python
 from lossargs import ArgumentError, DerivativeError, SavingError, attach, derivatives, detach, grad
 from test_live_parity import HOW
 
@@ -316,8 +316,7 @@ def test_layers_stay_shared_with_the_rest(tmp_path):
             make(models[0])
 
 
-@pytest.mark.skipif(KERAS < (3, 15), reason="written by Keras 3.15, whose layers have more in them")
-@pytest.mark.parametrize("written_on", ["jax", "tensorflow", "torch"])
+@each_writer
 def test_models_written_on_other_backends(written_on):
     path = TESTS / "models" / f"derivatives-{written_on}.keras"
     model = keras.saving.load_model(path, compile=False)

@@ -376,6 +376,7 @@ def test_live_values_in_namedtuples(data):
     model.compile("sgd", loss=loss)
     for value in (3.0, 5.0):
         variable.assign(value)
+        model.reset_metrics()
         logs = model.test_on_batch(data.x, data.y * 0, return_dict=True)
         assert logs["loss"] == pytest.approx(value)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import h5py
 import keras
 import numpy as np
+import numpy.testing  # which older NumPy imports when it is used first
 import pytest
 from keras.src.saving.serialization_lib import SafeModeScope, in_safe_mode
 

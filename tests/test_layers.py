@@ -13,7 +13,7 @@ from keras import ops
 
 import losses
 import networks
-from helpers import BACKEND, KERAS, TESTS, linear_model, run_python
+from helpers import BACKEND, KERAS, TESTS, each_writer, linear_model, run_python
 from lossargs import ArgumentError, AttachError, LossArgs, SavingError, attach, detach, with_args
 from networks import CASES, X, Y, fitted
 
@@ -436,8 +436,7 @@ def test_fresh_process(tmp_path):
         np.testing.assert_allclose(one, two, atol=1e-5)
 
 
-@pytest.mark.skipif(KERAS < (3, 15), reason="written by Keras 3.15, whose layers have more in them")
-@pytest.mark.parametrize("written_on", ["jax", "tensorflow", "torch"])
+@each_writer
 def test_models_written_on_other_backends(written_on):
     folder = TESTS / "models"
     path = folder / f"layers-{written_on}.keras"

@@ -13,9 +13,9 @@ import kinds
 import losses
 import vaes
 from helpers import (
-    KERAS,
     TESTS,
     attached,
+    each_writer,
     error_of,
     fixed,
     layer_of,
@@ -112,8 +112,7 @@ def test_fresh_process(tmp_path):
     assert json.loads(averages) == [3, 2]
 
 
-@pytest.mark.skipif(KERAS < (3, 15), reason="written by Keras 3.15, whose layers have more in them")
-@pytest.mark.parametrize("written_on", ["jax", "tensorflow", "torch"])
+@each_writer
 def test_models_written_on_other_backends(written_on):
     folder = TESTS / "models"
     expected = json.loads((folder / "live.json").read_text())

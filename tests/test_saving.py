@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import losses
-from helpers import BACKEND, KERAS, TESTS, linear_model, message_of, run_python
+from helpers import BACKEND, TESTS, each_writer, linear_model, message_of, run_python
 from lossargs import SavingError, with_args
 from losses import shifted
 
@@ -18,7 +18,6 @@ sys.path.insert(0, str(TESTS / "models"))
 import make
 
 EXPECTED = json.loads((TESTS / "models" / "expected.json").read_text())
-WRITTEN_ON = ["jax", "tensorflow", "torch"]
 
 
 def saved(loss, path):
@@ -73,8 +72,7 @@ def test_fresh_process_without_the_module(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # written on JAX, a model asks torch for torch.compile
-@pytest.mark.skipif(KERAS < (3, 15), reason="written by Keras 3.15, whose layers have more in them")
-@pytest.mark.parametrize("written_on", WRITTEN_ON)
+@each_writer
 def test_models_written_on_other_backends(written_on):
     path = TESTS / "models" / f"{written_on}.keras"
     if written_on == "torch" and BACKEND != "torch":

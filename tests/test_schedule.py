@@ -13,7 +13,7 @@ from keras import ops
 
 import losses
 import schedules
-from helpers import BACKEND, TESTS, linear_model, message_of, run_python, to_float
+from helpers import BACKEND, TESTS, each_writer, linear_model, message_of, run_python, to_float
 from lossargs import ArgumentError, LossArgsError, SavingError, attach, schedule
 from schedules import cyclical, joined, warmup
 
@@ -209,7 +209,7 @@ def test_fresh_process(tmp_path):
 
 
 @pytest.mark.fit
-@pytest.mark.parametrize("written_on", ["jax", "tensorflow", "torch"])
+@each_writer
 @pytest.mark.filterwarnings("ignore")  # written on JAX, a model asks torch for torch.compile
 def test_models_written_on_other_backends(written_on):
     path = TESTS / "models" / f"schedule-{written_on}.keras"

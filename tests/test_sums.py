@@ -18,7 +18,16 @@ import kinds
 import losses
 import sums
 import vaes
-from helpers import BACKEND, KERAS, TESTS, linear_model, predictions, run_python, to_float
+from helpers import (
+    BACKEND,
+    KERAS,
+    TESTS,
+    each_writer,
+    linear_model,
+    predictions,
+    run_python,
+    to_float,
+)
 from lossargs import (
     ArgumentError,
     AttachError,
@@ -630,8 +639,7 @@ def test_sums_of_segmentation(tmp_path):
 
 
 @fit
-@pytest.mark.skipif(KERAS < (3, 15), reason="written by Keras 3.15, whose layers have more in them")
-@each("written_on", ["jax", "tensorflow", "torch"])
+@each_writer
 def test_models_written_on_other_backends(written_on):
     expected = json.loads((TESTS / "models" / "sums.json").read_text())
     model = keras.saving.load_model(TESTS / "models" / f"sums-{written_on}.keras", compile=False)

@@ -143,7 +143,8 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, (np.str_, np.bytes_)):
         return value.item()
     is_scalar = isinstance(value, np.generic)
-    if not is_scalar and keras.ops.is_tensor(value):
+    is_masked = isinstance(value, np.ma.MaskedArray)
+    if not (is_scalar or is_masked) and keras.ops.is_tensor(value):
         try:
             value = keras.ops.convert_to_numpy(value)
         except Exception as error:
@@ -153,7 +154,6 @@ def _plain(value: Any, where: str) -> Any:
                 "factory itself, call it: loss=factory(...)."
             ) from error
     array = without_ml_dtypes(np.asarray(value))
-    is_masked = isinstance(value, np.ma.MaskedArray)
     if is_masked or array.dtype.char not in _NUMBERS:
         raise ArgumentError(
             f"{where} is {'a masked array' if is_masked else f'an array of {array.dtype}'}, which "
