@@ -261,7 +261,7 @@ def mse(y_true, y_pred):
     [
         ({"function": "os>system"}, "The saved schedule uses the function 'os>system'"),
         ({"function": "losses>shifted"}, "The saved schedule uses the function 'losses>shifted'"),
-        ({"function": ["eval"]}, "The config of a lossargs schedule cannot be read: 'function'"),
+        ({"function": ["eval"]}, "The saved schedule cannot be read: 'function'"),
         ({"args": {"steps": {"kind": "live", "object": {"class_name": "Dog"}}}}, "cannot be read"),
         ({"args": {"stesp": 4}}, "The saved schedule does not fit its function: "),
         ({"args": {}}, "does not fit its function: warmup() needs a value for 'steps'"),

@@ -27,6 +27,10 @@ class Arguments:
     weights: tuple[tuple[BoundLoss, int, LiveValue], ...]  # that losses compute for their terms
     names: tuple[str, ...]  # of the metrics of tracked losses and weights
 
+    def readers(self) -> list[Adapter]:
+        """Return the adapters that read a tensor."""
+        return [one for one in dict.fromkeys(self.adapters.values()) if one.reads_tensor]
+
     def all_metrics(self) -> list[Any]:
         """Return all metrics."""
         return [metric for metric, _ in self.logged] + [one for _, one, _ in self.named_metrics()]
@@ -66,7 +70,7 @@ class Arguments:
                     f"{one.label!r} of {one.loss!r} was given twice: bound, and in the call of "
                     "LossArgs. Leave it out of one of them."
                 )
-        readers = [one for one in dict.fromkeys(self.adapters.values()) if one.reads_tensor]
+        readers = self.readers()
         if tensors and len(tensors) != len(readers):
             raise AttachError(
                 f"LossArgs({self.loss!r}) was called with {len(tensors)} tensors in a list, and "

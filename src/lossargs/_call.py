@@ -4,15 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 
+from lossargs._checks import check_reads, check_result, check_updates, check_weights, explain
 from lossargs._errors import (
     ArgumentError,
     AttachError,
     BatchError,
     LossArgsError,
     listed,
-    nearest,
+    not_taken,
 )
 from lossargs._inputs import Inputs, shape_of
 from lossargs._keras import (
@@ -30,7 +30,7 @@ from lossargs._keras import (
 )
 from lossargs._live import layers_of
 from lossargs._sums import SUM
-from lossargs._values import describe_lists, map_leaves, to_tensors
+from lossargs._values import map_leaves, to_tensors
 
 
 class Call(keras.losses.Loss):
@@ -116,11 +116,11 @@ class Call(keras.losses.Loss):
                 raise
             except Exception as error:
                 if not is_checked:
-                    self._check_reads(scope, is_frozen, error)
+                    check_reads(self.loss, self.model, scope, is_frozen, error)
                 raise
-        self._check_updates(scope, lost)
+        check_updates(self.loss, step, scope, lost)
         if not is_checked:
-            self._check_reads(scope, is_frozen)
+            check_reads(self.loss, self.model, scope, is_frozen)
             if not in_symbolic_scope():  # stand-ins of PyTorch draw no random numbers
                 self.loss.checked_models.add(self.model)
         return value
@@ -135,8 +135,7 @@ class Call(keras.losses.Loss):
             if not any(one.takes(name) for one in takers):
                 known = list(dict.fromkeys(known for one in takers for known in one.parameters))
                 raise ArgumentError(
-                    f"{loss.title} was called with {name!r}, which {loss.title} does not take. It "
-                    f"takes {listed(known)}.{nearest(name, known)}"
+                    f"{loss.title} was called with {not_taken(name, loss.title, known)}"
                 )
         args = dict(loss.bound_args)
         args |= {name: value for name, value in self.inputs.batch.items() if loss.takes(name)}
@@ -208,7 +207,8 @@ class Call(keras.losses.Loss):
                 weight = keras.ops.copy(weight)  # Keras multiplies it by the mask in place
             return super().__call__(targets, y_pred, weight)
         except Exception as error:
-            self._explain(error, y_true, y_pred)
+            given = {"y_true": y_true, "y_pred": y_pred, **self._args}
+            explain(error, self.loss, given, self.inputs.batch)
             raise
 
     def _combine(self, y_true: Any, y_pred: Any) -> Any:
@@ -253,17 +253,11 @@ class Call(keras.losses.Loss):
             values = self._call_function(y_true, y_pred)
             if self.is_shared:
                 self.inputs.remember(key, values)
-        name = self.loss.title
-        if self.weight is not None and _is_one_number(values, self.weight):
-            raise BatchError(
-                f"{name} returned one number for the whole batch, and was given weights for its "
-                "samples (sample_weight or class_weight). Return one number for each sample, e.g. "
-                "keras.ops.mean(..., axis=-1)."
-            )
+        if self.weight is not None:
+            check_weights(self.loss, values, self.weight)
         return values
 
     def _call_function(self, y_true: Any, y_pred: Any) -> Any:
-        name = self.loss.title
         if isinstance(y_true, tuple) and not y_true:
             y_true = None
         else:
@@ -280,13 +274,7 @@ class Call(keras.losses.Loss):
             return self.loss.loss_function.fn(y_true, y_pred, **given)
 
         values = call({})
-        if isinstance(values, keras.KerasTensor):
-            raise self._symbolic_tensor_outside()
-        if callable(values) and not keras.ops.is_tensor(values):
-            raise ArgumentError(
-                f"{name}(y_true, y_pred) returns a function, {values!r}, and not a tensor. Move "
-                "the extra arguments into one function: def f(y_true, y_pred, delta=0.5): ..."
-            )
+        check_result(self.loss, values)
         if self.inputs.batch:
             self._check_broadcast(values, y_pred, call)
         return values
@@ -312,76 +300,6 @@ class Call(keras.losses.Loss):
                     f"others. Give it the shape {other}, e.g. {name}[:, None]."
                 )
 
-    # What went wrong.
-
-    def _check_reads(
-        self, scope: ReadScope, is_frozen: bool, cause: Exception | None = None
-    ) -> None:
-        """Raise if the function read a variable that the model does not hold."""
-        model, name = self.model, self.loss.title
-        held = {id(variable) for variable in (*model.variables, *model.metrics_variables)}
-        if is_frozen and held & scope.variables.keys():
-            raise ArgumentError(
-                f"{name} reads a weight of the model, and this train_step evaluates it outside of "
-                "the model's state: JAX would freeze the value. Evaluate it by "
-                "self.stateless_compute_loss(...)."
-            ) from cause
-        for key, variable in scope.variables.items():
-            if key not in held:
-                raise ArgumentError(
-                    f"{name} reads the variable {variable.path!r} of shape "
-                    f"{tuple(variable.shape)}, which is neither an argument nor a part of the "
-                    "model: JAX would freeze its value, and no backend would train or save it. "
-                    "Pass the layer, generator or variable as an argument: "
-                    f"def {name}(y_true, y_pred, *, layer): ..."
-                ) from cause
-
-    def _check_updates(self, scope: ReadScope, lost: set[int]) -> None:
-        """Raise if the function assigned a variable whose new value would be lost."""
-        name = self.loss.loss_function.name
-        for key, variable in scope.assigned.items():
-            if key in lost:
-                raise ArgumentError(
-                    f"{name} assigns the variable {variable.path!r}, and the model was called by "
-                    "stateless_call, which gave back its state before. Evaluate the loss by "
-                    "model.stateless_compute_loss(...), which returns the new state."
-                )
-            if variable.trainable and self.inputs.step is not None:
-                raise ArgumentError(
-                    f"{name} assigns the trainable weight {variable.path!r}, which the optimizer "
-                    "updates in the same step. Make it non-trainable: layer.trainable = False, or "
-                    "add_weight(..., trainable=False)."
-                )
-
-    def _symbolic_tensor_outside(self) -> ArgumentError:
-        name = self.loss.loss_function.name
-        return ArgumentError(
-            f"{name} uses a symbolic tensor (KerasTensor) that is not an argument of the loss. "
-            f"Pass it: def {name}(y_true, y_pred, tensor): ..., and attach(model, {name}(tensor))."
-        )
-
-    def _explain(self, error: Exception, y_true: Any, y_pred: Any) -> None:
-        """Add to an exception of the user's function the arguments of the function."""
-        # These name the argument themselves. A term has told about itself.
-        if isinstance(error, LossArgsError) or self.loss.terms:
-            return
-        name = self.loss.title
-        if "KerasTensor" in str(error):
-            raise self._symbolic_tensor_outside() from error
-        samples, parts = shape_of(y_pred)[:1], []
-        for argument, value in {"y_true": y_true, "y_pred": y_pred, **self._args}.items():
-            part = f"{argument}: {type(value).__name__}"
-            if keras.ops.is_tensor(value) or isinstance(value, np.ndarray):
-                dtype = getattr(value.dtype, "name", str(value.dtype).removeprefix("torch."))
-                part = f"{argument}: {dtype} {shape_of(value)}"
-                size = shape_of(value)[:1]
-                is_known = size and samples and None not in (*size, *samples)
-                if argument in self.inputs.batch and is_known and size != samples:
-                    part += f", which are {size[0]} for the {samples[0]} of y_pred"
-            parts.append(part)
-        note = f"It was raised in the loss {name}, called with {'; '.join(parts)}."
-        error.add_note(f"{note} {describe_lists(self._args)}".rstrip())
-
 
 def build(call: Call, y_true: Any, y_pred: Any) -> Any:
     """Check a model before its first step, in which Keras computes the loss of stand-ins."""
@@ -401,12 +319,3 @@ def build(call: Call, y_true: Any, y_pred: Any) -> Any:
     if any(call.loss in layer.get_losses() for layer in layers):
         return keras.ops.zeros((), dtype=call.loss.dtype)  # stand-ins carry no values
     return call.evaluate(y_true, y_pred)
-
-
-def _is_one_number(values: Any, sample_weight: Any) -> bool:
-    """Return whether the values are one number for all samples, and the weights one for each."""
-    weights = shape_of(sample_weight)
-    shape = shape_of(values)
-    if not shape:
-        return bool(weights)
-    return all(size == 1 for size in shape) and any(size not in (1, None) for size in weights)

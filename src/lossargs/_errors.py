@@ -1,7 +1,7 @@
 """The errors. None is a ValueError, which Keras would wrap in one of its own."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 DOCUMENTATION = "https://lossargs.github.io/lossargs/"
 
@@ -44,6 +44,12 @@ class DerivativeError(LossArgsError):
 def listed(names: Iterable[str]) -> str:
     """Return names for a message: `'a', 'b'`, or `nothing`."""
     return ", ".join(repr(name) for name in names) or "nothing"
+
+
+def not_taken(name: object, title: str, known: Collection[str]) -> str:
+    """Return a part of a message: a name that a function does not take, and those it takes."""
+    end = f"It takes {listed(known)}.{nearest(str(name), known)}"
+    return f"{name!r}, which {title} does not take. {end}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

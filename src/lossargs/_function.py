@@ -5,15 +5,16 @@ import functools
 import inspect
 import pkgutil
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import keras
 
-from lossargs._errors import ArgumentError, LossArgsError, SavingError, listed, nearest
+from lossargs._errors import ArgumentError, SavingError, listed, nearest, not_taken
 from lossargs._keras import get_object_name
 from lossargs._serialization import NOT_LOSSES, checked, decode, encode
+from lossargs._values import bind_value
 
 _registry: "dict[tuple[type, str], Function]" = {}
 
@@ -95,7 +96,11 @@ class Function:
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of `factory(*args, **kwargs)` by name; none is required."""
-        self.check_names(kwargs, f"{self.name}() was given")
+        for name in kwargs:
+            if not self.takes(name):
+                raise ArgumentError(
+                    f"{self.name}() was given {not_taken(name, self.name, self._named)}"
+                )
         try:
             bound = self.signature.bind_partial(*args, **kwargs).arguments
         except TypeError as error:
@@ -114,35 +119,24 @@ class Function:
                 )
         return bound
 
+    def bind_values(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Return copies of arguments for an object to hold, in the order of the function.
+
+        Raises:
+            ArgumentError: A value can be neither followed nor bound as a constant.
+        """
+        names = [name for name in dict.fromkeys((*self._named, *args)) if name in args]
+        return {name: bind_value(args[name], f"{name!r} of {self.name}()") for name in names}
+
     @property
     def parameters(self) -> list[str]:
         """The names of the extra parameters, without `**extra`."""
         return list(self._named)
 
-    def in_order(self, given: Collection[str]) -> list[str]:
-        """Return the names in the order of the function: its parameters, then `**extra`."""
-        return [name for name in dict.fromkeys((*self._named, *given)) if name in given]
-
     def takes(self, name: object) -> bool:
         """Return whether the function accepts an extra argument of that name."""
         is_free = isinstance(name, str) and name not in self._not_extra
         return name in self._named or (self.takes_any_name and is_free)
-
-    def check_names(
-        self,
-        names: Iterable[str],
-        given: str,
-        *,
-        error: type[LossArgsError] = ArgumentError,
-        instead: str = "",
-    ) -> None:
-        """Raise `error` for the first name that the function does not take."""
-        for name in names:
-            if not self.takes(name):
-                raise error(
-                    f"{given} {name!r}, which {self.name} does not take. It takes "
-                    f"{listed(self._named)}.{nearest(name, self._named)}{instead}"
-                )
 
     def missing(self, given: Collection[str]) -> list[str]:
         """Return the extra parameters that have no default and are not given."""
@@ -259,11 +253,6 @@ class LossFunction(Function):
     tensors = ("y_true", "y_pred")
     reserved = (*tensors, "sample_weight")  # arguments of Keras
     library = keras.losses
-
-
-def registered(key: str, module: str) -> LossFunction:
-    """Return the function that a saved loss names; `module` defined it when it was saved."""
-    return LossFunction.find(key, module)
 
 
 def function_of(factory: Any) -> Function | None:

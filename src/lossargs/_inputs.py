@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from lossargs._errors import AttachError, BatchError, listed, nearest
+from lossargs._errors import AttachError, BatchError, not_taken
 from lossargs._keras import (
     Step,
     in_symbolic_scope,
@@ -106,9 +106,9 @@ def _check_batch(batch: Mapping[str, Any], loss: Any) -> None:
         if not any(one.takes(key) for one in losses):
             known = list(dict.fromkeys(known for one in losses for known in one.parameters))
             raise BatchError(
-                f"The batch (third element of the data) has an entry {key!r}, which {name} does "
-                f"not take. It takes {listed(known)}.{nearest(str(key), known)} Leave it out. If "
-                "several losses read one batch, add **extra to the parameters."
+                "The batch (third element of the data) has an entry "
+                f"{not_taken(key, name, known)} Leave it out. If several losses read one batch, "
+                "add **extra to the parameters."
             )
         if value is None:
             raise BatchError(

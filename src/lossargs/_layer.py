@@ -129,7 +129,7 @@ class LossArgs(keras.Layer):
 
     def readers(self) -> list[Adapter]:
         """Return the adapters that read a tensor."""
-        return [adapter for adapter in self.adapters if adapter.reads_tensor]
+        return self._args.readers()
 
     def __call__(
         self,

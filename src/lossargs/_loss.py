@@ -9,15 +9,14 @@ from typing import Any, NoReturn, Self
 import keras
 
 from lossargs._call import Call, build
-from lossargs._errors import ArgumentError, AttachError, SavingError, listed
-from lossargs._function import LossFunction, registered
+from lossargs._errors import ArgumentError, AttachError, listed
+from lossargs._function import LossFunction
 from lossargs._inputs import Inputs
 from lossargs._keras import Sandbox, give_variables_back, in_symbolic_scope
 from lossargs._live import decode_live, encode_live
-from lossargs._serialization import checked, decode, encode, reading
+from lossargs._serialization import checked, encode, reading
 from lossargs._sums import Arithmetic, label_of
 from lossargs._values import (
-    bind_value,
     cache_key,
     format_value,
     live_leaves,
@@ -68,9 +67,7 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
         Raises:
             ArgumentError: A value can be neither followed nor bound as a constant.
         """
-        taken = {
-            n: bind_value(args[n], f"{n!r} of {function.name}()") for n in function.in_order(args)
-        }
+        taken = function.bind_values(args)
         options = {"name": name, "reduction": reduction, "dtype": dtype or keras.config.floatx()}
         values = tuple((name, cache_key(value)) for name, value in taken.items())
         key = (function, values, *options.values())
@@ -221,17 +218,8 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
         Raises:
             SavingError: The function or a value could not be loaded again.
         """
-        function = self.loss_function
-        function.refuse_saving()
-        return {
-            **self.get_options(),
-            "function": function.key,
-            "module": function.module,
-            "args": {
-                name: encode(value, f"{name!r} of {function.name}()", encode_live)
-                for name, value in self.bound_args.items()
-            },
-        }
+        saved = self.loss_function.get_config(self.bound_args, encode_live)
+        return {**self.get_options(), **saved}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
@@ -241,9 +229,7 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
             SavingError: The function is not known in this process, or has other parameters now.
                 Or the config is damaged.
         """
-        with reading("The config of a lossargs loss"):
-            key, module = checked(config, "function", str), checked(config, "module", str)
-            args = checked(config, "args", dict)
+        with reading("The saved loss"):
             options = {
                 "name": checked(config, "name", str),
                 "reduction": checked(config, "reduction", str, type(None)),
@@ -252,12 +238,7 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
             unknown = set(config) - {"function", "module", "args", *options}
             if unknown:  # what it asks for would not be done
                 raise ValueError(f"it has entries that are unknown here, {listed(sorted(unknown))}")
-            function = registered(key, module)
-            decoded = {name: decode(value, decode_live) for name, value in args.items()}
-            try:
-                return cls.of(function, function.bind((), decoded), **options)
-            except ArgumentError as error:
-                raise SavingError(f"The saved loss does not fit its function: {error}") from error
+            return cls.of(*LossFunction.from_config(config, decode_live), **options)
 
     def __repr__(self) -> str:
         function = self.loss_function

@@ -6,12 +6,12 @@ from typing import Any, Concatenate, ParamSpec, Protocol, Self, overload
 
 import keras
 
-from lossargs._errors import ArgumentError, SavingError, listed
+from lossargs._errors import ArgumentError, listed
 from lossargs._factory import Factory
 from lossargs._function import Function
 from lossargs._keras import ReadScope
 from lossargs._serialization import load_object, reading
-from lossargs._values import bind_value, cache_key, format_value, live_leaves, to_tensors
+from lossargs._values import cache_key, format_value, live_leaves, to_tensors
 
 P = ParamSpec("P")
 
@@ -35,10 +35,7 @@ class BoundSchedule(keras.optimizers.schedules.LearningRateSchedule):
 
     def __init__(self, function: ScheduleFunction, args: dict[str, Any]) -> None:
         self.schedule_function = function
-        self.bound_args = {
-            name: bind_value(args[name], f"{name!r} of {function.name}()")
-            for name in function.in_order(args)
-        }
+        self.bound_args = function.bind_values(args)
         if missing := function.missing(args):
             raise ArgumentError(
                 f"{function.name}() needs a value for {listed(missing)}. Write "
@@ -98,13 +95,8 @@ class BoundSchedule(keras.optimizers.schedules.LearningRateSchedule):
             SavingError: Its function is not known in this process, takes other arguments by now, or
                 the config is damaged.
         """
-        with reading("The config of a lossargs schedule"):
-            try:
-                return cls(*ScheduleFunction.from_config(config, _decode))
-            except ArgumentError as error:
-                raise SavingError(
-                    f"The saved schedule does not fit its function: {error}"
-                ) from error
+        with reading("The saved schedule"):
+            return cls(*ScheduleFunction.from_config(config, _decode))
 
     def __repr__(self) -> str:
         shown = ", ".join(

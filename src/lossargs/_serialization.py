@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from lossargs._errors import LossArgsError, SavingError
+from lossargs._errors import ArgumentError, LossArgsError, SavingError
 from lossargs._values import format_value, is_live, is_live_loss, without_ml_dtypes
 
 _PLAIN = (type(None), bool, int, float, str)  # JSON keeps them exactly
@@ -78,6 +78,8 @@ def reading(what: str) -> Iterator[None]:
     """Convert the exceptions that a damaged or hostile file causes to a `SavingError`."""
     try:
         yield
+    except ArgumentError as error:
+        raise SavingError(f"{what} does not fit its function: {error}") from error
     except LossArgsError:
         raise
     except Exception as error:

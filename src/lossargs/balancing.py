@@ -11,8 +11,15 @@ import keras
 from keras import ops
 
 
+class _Rule(keras.layers.Layer):
+    """A rule that computes in the precision of the values."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)
+
+
 @keras.saving.register_keras_serializable(package="lossargs")
-class Uncertainty(keras.layers.Layer):
+class Uncertainty(_Rule):
     """Weight terms by learned uncertainties.
 
     `loss = sum(exp(-s) * values + s)`. The log variances `s` are trained with the model and start
@@ -34,9 +41,6 @@ class Uncertainty(keras.layers.Layer):
         term and without the factors of one half.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(autocast=False, **kwargs)  # values keep their precision
-
     def build(self, input_shape: tuple[int, ...]) -> None:
         """Create the weights for `(terms,)` values."""
         self.log_variances = self.add_weight(
@@ -55,11 +59,8 @@ class Uncertainty(keras.layers.Layer):
         return ops.sum(weights * values + s), weights
 
 
-class _Remembering(keras.layers.Layer):
+class _Remembering(_Rule):
     """A rule whose weights depend on the values in earlier steps."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(autocast=False, **kwargs)  # values keep their precision
 
     def build(self, input_shape: tuple[int, ...]) -> None:
         """Create the state for `(terms,)` values."""
