@@ -15,7 +15,9 @@ import keras  # noqa: E402 - only now is the number of devices set
 import numpy as np  # noqa: E402
 from keras import ops  # noqa: E402
 
-from lossargs import attach, grad, live_args, with_args  # noqa: E402
+import networks  # noqa: E402
+from lossargs import attach, balance, grad, live_args, with_args  # noqa: E402
+from lossargs.balancing import SoftAdapt, Uncertainty  # noqa: E402
 
 
 @with_args
@@ -51,11 +53,34 @@ def make_model():
     return model
 
 
+@with_args
+def noisy(y_true, y_pred, *, seed):
+    noise = keras.random.normal(ops.shape(y_true), seed=seed)
+    return ops.mean(ops.square(y_true + noise - y_pred), axis=-1)
+
+
+def make_models_with_layers():
+    """Two models: in the loss of the second one, samples see what others left in the layers."""
+    x = keras.Input((3,))
+    apart = [networks.perceptual(features=networks.features())]
+    apart.append(networks.projected(head=networks.head()))
+    shared = [networks.centred(centres=networks.part_of("centre loss", None))]
+    shared.append(noisy(seed=keras.random.SeedGenerator(1)))
+    losses = {"apart": balance(apart, Uncertainty()), "shared": balance(shared, SoftAdapt())}
+    for name, loss in losses.items():
+        y = keras.layers.Dense(2, kernel_initializer="ones")(x)
+        model = keras.Model(x, attach(y, loss), name=name)
+        model.compile(keras.optimizers.SGD(0.02), loss=loss)
+        yield model
+
+
 def train(scope=contextlib.nullcontext):
     """The history and the variables of a model that is made in this scope."""
-    keras.backend.clear_session()  # the names of layers begin again
+    keras.utils.set_random_seed(0)  # and the names of layers begin again
+    keras.backend.clear_session()
     with scope():
         model = make_model()
+        others = list(make_models_with_layers())
     live = live_args(model)["live"]
     change = keras.callbacks.LambdaCallback(on_epoch_begin=lambda e, _: live.assign(e + 1.0))
     rng = np.random.default_rng(0)
@@ -64,7 +89,12 @@ def train(scope=contextlib.nullcontext):
         [x, adv], y, batch_size=8, epochs=3, shuffle=False, verbose=0, callbacks=[change],
         validation_data=([x, adv], y), validation_batch_size=16,
     ).history  # fmt: skip
-    return history, {v.path: np.array(v).tolist() for v in model.variables}
+    for other in others:
+        logs = other.fit(x, y, batch_size=8, epochs=3, shuffle=False, verbose=0).history
+        history |= {f"{other.name}_{name}": values for name, values in logs.items()}
+    models = (model, *others)
+    variables = ((f"{one.name} {v.path}", v) for one in models for v in one.variables)
+    return history, {name: np.array(variable).tolist() for name, variable in variables}
 
 
 def main():

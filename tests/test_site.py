@@ -34,18 +34,16 @@ def is_message(term, text):
 
 
 def messages():
-    """Each message in the source, with … for names and values, and the errors it is raised for."""
+    """Each message in the source, with … for names and values, and the error it is raised for."""
     for source in SOURCES:
         for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args):
                 continue
-            # One function raises what its caller says: `error(...)`.
-            names = {"error": ["ArgumentError", "BatchError"]}.get(node.func.id, [node.func.id])
-            if any(name in ERRORS for name in names):
+            if node.func.id in ERRORS:
                 text = node.args[0]
                 parts = text.values if isinstance(text, ast.JoinedStr) else [text]
                 said = "".join(p.value if isinstance(p, ast.Constant) else "…" for p in parts)
-                yield from ((name, " ".join(said.split())) for name in names)
+                yield node.func.id, " ".join(said.split())
 
 
 def sections():

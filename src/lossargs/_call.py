@@ -6,14 +6,7 @@ from typing import Any
 import keras
 
 from lossargs._checks import check_reads, check_result, check_updates, check_weights, explain
-from lossargs._errors import (
-    ArgumentError,
-    AttachError,
-    BatchError,
-    LossArgsError,
-    listed,
-    not_taken,
-)
+from lossargs._errors import ArgumentError, AttachError, BatchError, LossArgsError, listed, taken
 from lossargs._inputs import Inputs, shape_of
 from lossargs._keras import (
     ReadScope,
@@ -135,7 +128,8 @@ class Call(keras.losses.Loss):
             if not any(one.takes(name) for one in takers):
                 known = list(dict.fromkeys(known for one in takers for known in one.parameters))
                 raise ArgumentError(
-                    f"{loss.title} was called with {not_taken(name, loss.title, known)}"
+                    f"{loss.title} was called with {name!r}, which {loss.title} does not take. "
+                    f"{taken(name, known)}"
                 )
         args = dict(loss.bound_args)
         args |= {name: value for name, value in self.inputs.batch.items() if loss.takes(name)}

@@ -46,10 +46,9 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names) or "nothing"
 
 
-def not_taken(name: object, title: str, known: Collection[str]) -> str:
-    """Return a part of a message: a name that a function does not take, and those it takes."""
-    end = f"It takes {listed(known)}.{nearest(str(name), known)}"
-    return f"{name!r}, which {title} does not take. {end}"
+def taken(name: object, known: Collection[str]) -> str:
+    """Return the part of a message about an unknown name that says which names are known."""
+    return f"It takes {listed(known)}.{nearest(str(name), known)}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

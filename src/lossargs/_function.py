@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 import keras
 
-from lossargs._errors import ArgumentError, SavingError, listed, nearest, not_taken
+from lossargs._errors import ArgumentError, SavingError, listed, nearest, taken
 from lossargs._keras import get_object_name
 from lossargs._serialization import NOT_LOSSES, checked, decode, encode
 from lossargs._values import bind_value
@@ -99,7 +99,8 @@ class Function:
         for name in kwargs:
             if not self.takes(name):
                 raise ArgumentError(
-                    f"{self.name}() was given {not_taken(name, self.name, self._named)}"
+                    f"{self.name}() was given {name!r}, which {self.name} does not take. "
+                    f"{taken(name, self._named)}"
                 )
         try:
             bound = self.signature.bind_partial(*args, **kwargs).arguments

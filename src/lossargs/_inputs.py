@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from lossargs._errors import AttachError, BatchError, not_taken
+from lossargs._errors import AttachError, BatchError, taken
 from lossargs._keras import (
     Step,
     in_symbolic_scope,
@@ -106,8 +106,8 @@ def _check_batch(batch: Mapping[str, Any], loss: Any) -> None:
         if not any(one.takes(key) for one in losses):
             known = list(dict.fromkeys(known for one in losses for known in one.parameters))
             raise BatchError(
-                "The batch (third element of the data) has an entry "
-                f"{not_taken(key, name, known)} Leave it out. If several losses read one batch, "
+                f"The batch (third element of the data) has an entry {key!r}, which {name} does "
+                f"not take. {taken(key, known)} Leave it out. If several losses read one batch, "
                 "add **extra to the parameters."
             )
         if value is None:

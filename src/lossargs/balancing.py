@@ -65,14 +65,14 @@ class _Remembering(_Rule):
     def build(self, input_shape: tuple[int, ...]) -> None:
         """Create the state for `(terms,)` values."""
         equal = keras.initializers.Constant(self.first_weight(input_shape[0]))
-        self.steps = self.add_state("steps", (), dtype="int32")
+        self.steps = self.add_state("steps", (), dtype="int32", aggregation="only_first_replica")
         self.last = self.add_state("last", input_shape)
         self.last_weights = self.add_state("last_weights", input_shape, initializer=equal)
         super().build(input_shape)
 
     def add_state(self, name: str, shape: tuple[int, ...], **options: Any) -> Any:
         """Return a new state variable, zero at the start by default."""
-        options = {"initializer": "zeros", "aggregation": "only_first_replica", **options}
+        options = {"initializer": "zeros", "aggregation": "mean", **options}
         return self.add_weight(name=name, shape=shape, trainable=False, **options)
 
     def call(self, values: Any, training: bool = False) -> tuple[Any, Any]:
