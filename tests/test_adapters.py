@@ -8,7 +8,7 @@ from keras import ops
 import kinds
 import losses
 from helpers import attached, error_of, linear_model, logs_of
-from lossargs import Adapter, ArgumentError, AttachError, LossArgs, attach
+from lossargs import Adapter, ArgumentError, AttachError, LossArgs, SavingError, attach
 
 pytestmark = pytest.mark.fit
 
@@ -49,6 +49,23 @@ def test_tensor_given_in_a_call_of_the_layer(data):
     model.compile("sgd", loss=loss)
     logs = logs_of(model, data.x, data.y)
     assert logs["shift"] == pytest.approx(data.x.sum(axis=1).mean(), rel=1e-4)
+
+
+def test_adapter_without_a_config_of_its_arguments(tmp_path):
+    class Shifting(Adapter):
+        shape = ()
+
+        def __init__(self, by, **kwargs):
+            super().__init__(**kwargs)
+            self.by = by
+
+        def value(self, tensor, training):
+            return ops.convert_to_tensor(self.by)
+
+    model = attach(linear_model(), losses.shifted(Shifting(2.0)))
+    words = r"Shifting has no get_config, and would load without 'by'\. .*'by': self\.by}"
+    with pytest.raises(SavingError, match=words):
+        model.save(tmp_path / "model.keras")
 
 
 def test_adapters_that_are_wrong(data):

@@ -1,14 +1,23 @@
-"""`balance`: the rules against NumPy, and runs that were saved and continue."""
+"""`balance`: the rules against NumPy, saved state, logs, evaluation, and rules of one's own."""
+
+import json
+import pickle
+import sys
 
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
-from helpers import linear_model, to_float
-from lossargs import attach, balance, with_args
+from helpers import BACKEND, TESTS, each_writer, linear_model, message_of, run_python, to_float
+from lossargs import ArgumentError, AttachError, SavingError, attach, balance, with_args
 from lossargs.balancing import ReLoBRaLo, SoftAdapt, Uncertainty
 
+sys.path.insert(0, str(TESTS / "models"))
+import make_balance
+
 mse = with_args(keras.losses.mean_squared_error)
+mae = with_args(keras.losses.mean_absolute_error)
 NAMES = ("mean_squared_error", "log_cosh")
 STEPS, RATE = 50, 0.05
 OPTIONS = {"alpha": 0.7, "temperature": 0.5, "lookback": 0.6, "seed": 3}
@@ -120,3 +129,219 @@ def test_a_run_saved_at_any_step_continues(rule, data, tmp_path):
             assert one == pytest.approx(expected, rel=1e-6), step
         for one, expected in zip(loaded.get_weights(), model.get_weights(), strict=True):
             np.testing.assert_allclose(one, expected, rtol=1e-6)
+
+
+LOAD = """
+import json, sys, keras, lossargs
+sys.path.insert(0, "models")
+import make_balance
+model = keras.saving.load_model({path!r}, compile={compiled})
+if not {compiled}:
+    losses = [one.loss for one in model.layers if isinstance(one, lossargs.LossArgs)]
+    losses = {{type(loss.args["rule"]).__name__.lower(): loss for loss in losses}}
+    model.compile(keras.optimizers.SGD(0.05), loss=losses)
+print(json.dumps([make_balance.trained(model, 5), repr(model.loss["uncertainty"])]))
+"""
+
+
+def goes_on_in_a_fresh_process(path, expected, *, compiled):
+    code = LOAD.format(path=str(path), compiled=compiled)
+    logs, shown = json.loads(run_python(code).splitlines()[-1])
+    for one, expected_one in zip(logs, expected, strict=True):
+        assert one == pytest.approx(expected_one, rel=1e-5, abs=1e-6)
+    assert shown.startswith("balance([mean_squared_error(), log_cosh()], <Uncertainty ")
+
+
+@fit
+def test_a_fresh_process_goes_on(tmp_path):
+    model, losses = make_balance.model_and_losses()
+    model.compile(keras.optimizers.SGD(0.05), loss=losses)
+    logs = make_balance.trained(model, 5)
+    names = {f"{n}_{t}{end}" for n in losses for t in NAMES for end in ("", "_weight")}
+    assert set(logs[0]) == {"loss", *(f"{name}_loss" for name in losses), *names}
+    model.save(tmp_path / "model.keras")
+    expected = make_balance.trained(model, 5)
+    goes_on_in_a_fresh_process(tmp_path / "model.keras", expected, compiled=True)
+
+
+@fit
+@each_writer
+def test_models_written_on_other_backends(written_on):
+    models = TESTS / "models"
+    expected = json.loads((models / "balance.json").read_text())
+    path = models / f"balance-{written_on}.keras"
+    goes_on_in_a_fresh_process(path, expected, compiled=False)
+
+
+# ---- Steps ----
+
+
+@fit
+@each_rule
+def test_evaluation_changes_nothing(rule, data):
+    model = balanced(rule)
+    train(model, data.x, data.y, last=3)
+    before = [np.array(variable) for variable in model.variables]
+    state = before[: len(model.weights)]
+    logs = [model.evaluate(data.x, data.y, verbose=0, return_dict=True) for _ in range(2)]
+    assert logs[0] == logs[1]
+    weights = [logs[0][f"{name}_weight"] for name in NAMES]
+    extra = np.sum(-np.log(weights)) if rule == "Uncertainty" else 0
+    terms = [logs[0][name] for name in NAMES]
+    assert logs[0]["loss"] == pytest.approx(np.dot(weights, terms) + extra, rel=1e-5)
+    np.testing.assert_equal([np.array(variable) for variable in model.weights], state)
+    # Nor does a validation within `fit`.
+    one, two = balanced(rule), balanced(rule)
+    options = {"epochs": 3, "shuffle": False, "verbose": 0, "batch_size": 4}
+    histories = [
+        one.fit(data.x, data.y, **options).history,
+        two.fit(data.x, data.y, **options, validation_data=(data.x + 1, data.y)).history,
+    ]
+    for name, values in histories[0].items():
+        assert histories[1][name] == pytest.approx(values, rel=1e-6), name
+    assert "val_log_cosh_weight" in histories[1]
+
+
+@fit
+@each_rule
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras has no steps_per_execution on torch")
+def test_several_steps_per_execution(rule, data):
+    x, y = np.concatenate([data.x] * 2), np.concatenate([data.y] * 2)
+    options = {"epochs": 2, "shuffle": False, "verbose": 0, "batch_size": 4}
+    one, two = balanced(rule), balanced(rule, steps_per_execution=3)
+    history = two.fit(x, y, **options).history
+    for name, values in one.fit(x, y, **options).history.items():
+        assert history[name] == pytest.approx(values, rel=1e-5), name
+    for a, b in zip(one.get_weights(), two.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@fit
+def test_terms_have_sample_weights_and_batch_entries(data):
+    @with_args
+    def masked(y_true, y_pred, mask):
+        return ops.sum(mask * ops.square(y_true - y_pred), axis=-1)
+
+    model = attached(balance([masked(), mae()], Uncertainty()), keras.optimizers.SGD(0.0))
+    mask = (data.x[:, :2] > 0).astype("float32")
+    weight = np.arange(len(mask), dtype="float32")
+    given = {"mask": mask, "sample_weight": weight}
+    logs = model.evaluate(data.x, data.y, sample_weight=given, verbose=0, return_dict=True)
+    error = data.y - model.predict(data.x, verbose=0)
+    terms = np.sum(mask * error**2, axis=-1), np.mean(np.abs(error), axis=-1)
+    expected = [np.mean(weight * term) for term in terms]
+    assert [logs["masked"], logs["mean_absolute_error"]] == pytest.approx(expected, rel=1e-5)
+    assert logs["loss"] == pytest.approx(sum(expected), rel=1e-5)
+
+
+# ---- Rules of one's own ----
+
+
+@keras.saving.register_keras_serializable(package="test_balance")
+class Largest(keras.layers.Layer):
+    def call(self, values):
+        return ops.max(values)
+
+
+@keras.saving.register_keras_serializable(package="test_balance")
+class Average(keras.layers.Layer):
+    """Weighs by the mean of earlier values."""
+
+    def build(self, input_shape):
+        self.mean = self.add_weight(shape=input_shape, initializer="ones", trainable=False)
+
+    def call(self, values, training=False):
+        weights = 1 / ops.convert_to_tensor(self.mean)
+        if training:
+            self.mean.assign(0.5 * self.mean + 0.5 * ops.stop_gradient(values))
+        return ops.sum(weights * values), weights
+
+
+@fit
+def test_a_rule_without_weights(data):
+    model = attached(balance([mse(), log_cosh()], Largest()))
+    (logs,) = train(model, data.x, data.y, last=1)
+    assert set(logs) == {"loss", *NAMES}
+    assert logs["loss"] == max(logs[name] for name in NAMES)
+
+
+@fit
+def test_a_rule_with_state(data, tmp_path):
+    model = attached(balance([mse(), mse.options(name="again")()], Average()))
+    logs = train(model, data.x, data.y, last=6)
+    mean = 1.0
+    for one in logs:
+        assert one["again_weight"] == pytest.approx(1 / mean, rel=1e-5)
+        assert one["loss"] == pytest.approx(2 * one["again"] / mean, rel=1e-5)
+        mean = 0.5 * mean + 0.5 * one["again"]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    again, expected = (train(one, data.x, data.y, 6, 9) for one in (loaded, model))
+    assert [[*one.values()] for one in again] == [
+        pytest.approx([*one.values()], rel=1e-6) for one in expected
+    ]
+
+
+@fit
+def test_balanced_terms_within_a_sum(data):
+    inner = balance([mse(), log_cosh()], Largest(), name="largest")
+    model = attached(inner * 0.5 + mae(), keras.optimizers.SGD(0.0))
+    logs = model.evaluate(data.x, data.y, verbose=0, return_dict=True)
+    assert set(logs) == {"loss", "largest", "mean_absolute_error", *NAMES}
+    assert logs["largest"] == pytest.approx(logs["mean_squared_error"])
+    expected = 0.5 * logs["largest"] + logs["mean_absolute_error"]
+    assert logs["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+# ---- As other losses ----
+
+
+def test_equality_and_repr():
+    rule = SoftAdapt(name="rule")
+    loss = balance([mse(), 2 * log_cosh()], rule)
+    assert loss is balance([mse(), 2 * log_cosh()], rule)
+    assert loss != balance([mse(), 2 * log_cosh()], SoftAdapt())
+    shown = "balance([mean_squared_error(), 2 * log_cosh()], <SoftAdapt name=rule"
+    assert repr(loss).startswith(shown)
+    assert loss.args["rule"] is rule
+    with pytest.raises(SavingError, match="'rule' .* is saved with its model only"):
+        pickle.dumps(loss)
+    delta = with_args(keras.losses.huber)
+    changed = balance([mse(), delta(delta=1.0)], rule).replace(delta=2.0)
+    assert changed is balance([mse(), delta(delta=2.0)], rule)
+
+
+@pytest.mark.parametrize(
+    ("terms", "rule", "said"),
+    [
+        ([], SoftAdapt(), "Cannot balance 0 terms by "),
+        (
+            [mse()],
+            lambda values: values,
+            "Give a list of losses and a layer: balance([mse(), kl()]",
+        ),
+        ([mse], SoftAdapt(), "is not a loss. Call a factory: factory(...)"),
+        ([mse(), 3.0], SoftAdapt(), "3.0 is not a loss"),
+    ],
+    ids=["no terms", "function", "factory", "number"],
+)
+def test_wrong_calls(terms, rule, said):
+    with pytest.raises(ArgumentError) as caught:
+        balance(terms, rule)
+    assert said in message_of(caught.value)
+
+
+@fit
+def test_terms_of_one_name():
+    sums = mse.options(reduction="sum")
+    with pytest.raises(AttachError, match=r"'mean_squared_error' would name 2 .*options\(name="):
+        attach(linear_model(), balance([mse(), sums()], SoftAdapt()))
+
+
+@fit
+def test_not_attached(data):
+    loss = balance([mse(), mae()], SoftAdapt())
+    model = linear_model()
+    model.compile("sgd", loss=loss)
+    with pytest.raises(AttachError, match=r"live arguments \('rule'\)"):
+        model.fit(data.x, data.y, verbose=0)

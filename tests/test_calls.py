@@ -65,6 +65,20 @@ def test_entry_whose_square_is_on_purpose(function):
     assert got == pytest.approx(expected, rel=1e-5)
 
 
+@with_args
+def known_pairs(y_true, y_pred, alike):
+    return alike * ops.square(ops.matmul(y_pred, ops.transpose(y_pred)))
+
+
+def test_entry_that_is_a_square_itself():
+    model = network(known_pairs())
+    logits = model.predict(X, verbose=0)
+    expected = np.mean((logits @ logits.T) ** 2)
+    given = {"alike": np.ones((8, 8), "float32")}
+    got = model.evaluate(X, Y, sample_weight=given, batch_size=8, verbose=0)
+    assert got == pytest.approx(expected, rel=1e-5)
+
+
 # ---- Functions and losses ----
 
 

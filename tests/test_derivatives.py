@@ -294,6 +294,24 @@ def test_saved_model_continues_as_one_network(tmp_path):
     assert json.loads(output.splitlines()[-1]) == [4, pytest.approx(history, rel=1e-6)]
 
 
+def test_detached_derivatives_stay_outputs():
+    x, t = inputs()
+    u = perceptron()(joined(x, t))
+    u, u_x = derivatives(u, (u, x))
+    outputs = {"u": u, "u_x": u_x}
+    loss = {"u": losses.total(), "u_x": losses.total()}
+    model = keras.Model([x, t], attach(outputs, loss))
+    plain, expected = (m.predict([X, T], verbose=0) for m in (detach(model), model))
+    difference_of_u = (predicted(X + 1e-2, model) - predicted(X - 1e-2, model)) / 2e-2
+    np.testing.assert_allclose(expected["u_x"], difference_of_u, atol=1e-3)
+    for name, values in expected.items():
+        np.testing.assert_allclose(plain[name], values, rtol=1e-6)
+
+
+def predicted(x, model):
+    return model.predict([x, T], verbose=0)["u"]
+
+
 def test_layers_stay_shared_with_the_rest(tmp_path):
     x, t = inputs()
     hidden = layers.Dense(4, name="first")(joined(x, t))

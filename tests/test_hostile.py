@@ -126,9 +126,10 @@ OF_OBJECTS = [
     *(f"{CODED}.{name}" for name in ("dtype", "shape", "tensor")),
 ]
 OF_VALUES = [f"{ARGS}.what", f"{VARIABLE}.value", f"{MAIN}.config.args.shift"]
-HOSTILE_NAMES = ["os>system", "canary>bark", "lossargs._function>registered", "keras.losses>get"]
+HOSTILE_NAMES = ["os>system", "canary>bark", "lossargs._function>function_of", "keras.losses>get"]
 OTHERS = {
-    **{place: [MISSING] for place in ("loss", "new_inputs", f"{VARIABLE}.value")},
+    **{place: [MISSING] for place in ("loss", "new_inputs")},
+    f"{VARIABLE}.value": [MISSING, 1.0],
     **{f"loss.config.{n}": [MISSING, {}] for n in ("module", "name", "reduction", "dtype")},
     **{f"{VARIABLE}.{n}": [MISSING, {}] for n in ("dtype", "trainable", "name", "aggregation")},
     **{f"{one}.config.function": [MISSING, {}, *HOSTILE_NAMES] for one in ("loss", MAIN)},

@@ -85,6 +85,24 @@ def test_numbers_of_compute_loss(cases, how):
     assert_same_weights(model, expected)
 
 
+def test_error_in_a_later_step():
+    broken = []
+
+    @with_args
+    def fragile(y_true, y_pred, *, head):
+        if broken:
+            raise ZeroDivisionError("of the user")
+        return keras.losses.mean_squared_error(y_true, head(y_pred))
+
+    loss = fragile(head=networks.head())
+    model = compiled(attach(linear_model(), loss), loss, how="eager")
+    fitted(model)
+    broken.append(True)
+    with pytest.raises(ZeroDivisionError, match="of the user") as caught:
+        fitted(model)
+    assert any("raised in the loss fragile" in note for note in caught.value.__notes__)
+
+
 def test_trainable_changes_between_compiles():
     model, loss, features = networks.attached("trained features")
     for is_trained in (True, False, True):
@@ -668,15 +686,23 @@ def test_copies_that_would_lose_weights():
         pickle.dumps(loss)
 
 
-@pytest.mark.parametrize("where", ["outputs of a model", "own class"])
+@pytest.mark.parametrize("where", ["outputs of a model", "own class", "own Sequential"])
 def test_networks_that_a_model_cannot_share(where, tmp_path):
     class Own(keras.Model):
+        pass
+
+    class OwnSequential(keras.Sequential):
         pass
 
     x, first, second, _ = own_network()
     y = second(first(x))
     loss = seen_by(network=keras.Sequential([keras.Input((3,)), first]))
-    model = attach(Own(x, y), loss) if where == "own class" else keras.Model(x, attach(y, loss))
+    if where == "outputs of a model":
+        model = keras.Model(x, attach(y, loss))
+    else:
+        own = Own(x, y) if where == "own class" else OwnSequential([x, first, second])
+        model = attach(own, loss)
+        assert type(model) is type(own)
     fitted(compiled(model, loss))
     with pytest.raises(SavingError, match="cannot be saved: 'network' shares layers with the mode"):
         model.save(tmp_path / "model.keras")

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from keras import layers, ops
+from keras.src.saving.serialization_lib import ObjectSharingScope
 
 import kinds
 import losses
@@ -407,6 +408,14 @@ def test_keras_losses_with_other_arguments_are_different():
         loss = mse() + sums.Shifted(shift)
         assert to_float(loss(ONES, TWOS)) == 2 + shift
         assert keras.losses.deserialize(keras.losses.serialize(loss)) == loss
+
+
+def test_keras_losses_are_equal_also_while_a_model_is_saved():
+    huber = keras.losses.Huber(2.0)
+    loss = mse() + huber
+    with ObjectSharingScope():
+        keras.saving.serialize_keras_object(huber)  # from now on, its config says that it is shared
+        assert mse() + huber is loss
 
 
 def test_keras_loss_that_would_load_as_another_one():

@@ -40,7 +40,7 @@ def computed_weights(loss: BoundLoss) -> list[str]:
     return [f"{term.name}_weight" for term in loss.terms] if is_pair else []
 
 
-def balance(terms: Iterable[Any], rule: keras.Layer) -> BoundLoss:
+def balance(terms: Iterable[Any], rule: keras.Layer, *, name: str = "balance") -> BoundLoss:
     """Return a loss of several terms whose weights a rule adapts in each step.
 
     The logs show each term under its name, and its weight as `<term>_weight` if the rule returns
@@ -51,6 +51,7 @@ def balance(terms: Iterable[Any], rule: keras.Layer) -> BoundLoss:
         rule: A `keras.Layer`, e.g. one of `lossargs.balancing`. It is called with the values of
             the terms, a vector of shape `(terms,)`. It returns the loss, or a tuple of the loss
             and the weights.
+        name: The name of the loss, for the logs of a loss that it is a term of.
 
     Returns:
         The bound loss.
@@ -77,4 +78,4 @@ def balance(terms: Iterable[Any], rule: keras.Layer) -> BoundLoss:
         )
     rule(keras.KerasTensor((len(bound),)))  # builds it
     args = {"terms": bound, "rule": rule}
-    return BoundLoss.of(BALANCE, args, name="balance", reduction="sum_over_batch_size", dtype=None)
+    return BoundLoss.of(BALANCE, args, name=name, reduction="sum_over_batch_size", dtype=None)

@@ -57,7 +57,8 @@ class KerasLoss:
 
     wrapped: keras.losses.Loss
 
-    def _key(self) -> Any:
+    def cache_key(self) -> Any:
+        """Return a key that is equal for losses that compute the same."""
         base = vars(keras.losses.Loss())  # name, reduction and dtype are options of the term
         own = {name: value for name, value in vars(self.wrapped).items() if name not in base}
         return type(self.wrapped), cache_key(own)
@@ -72,10 +73,10 @@ class KerasLoss:
         return {name: found[name] for name in parameters if name in found}
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, KerasLoss) and self._key() == other._key()
+        return isinstance(other, KerasLoss) and self.cache_key() == other.cache_key()
 
     def __hash__(self) -> int:
-        return hash(self._key())
+        return hash(self.cache_key())
 
     def __repr__(self) -> str:
         cls = type(self.wrapped)

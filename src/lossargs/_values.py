@@ -209,8 +209,10 @@ class _Pickler(pickle.Pickler):
 def _pickled(value: Any) -> bytes | None:
     """Return the pickle of an object, or `None` if it has none."""
     file = io.BytesIO()
+    pickler = _Pickler(file)
+    pickler.fast = True  # else it depends on which equal parts are one object
     with contextlib.suppress(Exception):
-        _Pickler(file).dump(value)
+        pickler.dump(value)
         return file.getvalue()
     return None
 
@@ -230,6 +232,8 @@ def cache_key(value: Any) -> Hashable:
         return cls, repr(value)  # 0.0 and -0.0 are equal, NaN is not
     if cls in _ATOMS or cls.__eq__ is object.__eq__ or isinstance(value, _COMPARABLE):
         return cls, value
+    if hasattr(cls, "cache_key"):
+        return cls, value.cache_key()
     # P(1) and P(True) are equal, and have other pickles.
     return cls, _pickled(value) or id(value)
 
