@@ -249,8 +249,9 @@ def uncertainty_weighting(record):
 
 
 def focal(record):
-    plain, focal = (result["average_precision"] for result in record["result"].values())
-    return focal >= max(plain - 0.02, 0.8)
+    plain, focal = record["result"].values()
+    is_better = focal["calibration_error"] < plain["calibration_error"] / 2
+    return is_better and focal["accuracy"] >= plain["accuracy"] - 0.02
 
 
 def ppo(record):
