@@ -399,7 +399,7 @@ def changed_after(loss):
 
 
 NOT_ATTACHED = ["shifted(shift=<", "attach(model, loss)", "shift=..."]
-ANOTHER_LOSS = ["shifted(shift=<variable 'shift'>)", "Bind once", "detach(model)"]
+ANOTHER_LOSS = ["shifted(shift=<variable 'shift'>)", "Give the same loss to both", "detach(model)"]
 WRONG = {
     "variable": (lambda: made(linear_model(), bound()), NOT_ATTACHED),
     "schedule": (lambda: made(linear_model(), losses.shifted(step_itself())), NOT_ATTACHED),

@@ -343,8 +343,8 @@ def _refuse_inputs_of_layers(one: Any, sources: dict[int, Any], model: Any) -> N
                 raise AttachError(
                     f"{one.label!r} of {one.loss!r} is a tensor of another graph: it is "
                     f"computed from the input {tensor.name!r}, which {model.name!r} does not "
-                    "have. Take the tensor that a layer gave in this model: of a model used as a "
-                    "layer, what it was called with gives z = encoder(x), and not encoder.output."
+                    "have. Take the tensor that the layer returned in this model: "
+                    "z = encoder(x), and not encoder.output."
                 )
 
 

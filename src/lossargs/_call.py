@@ -166,9 +166,9 @@ class Call(keras.losses.Loss):
         others = [loss for loss in attached if loss is not self.loss]
         if others:
             return AttachError(
-                f"{what}this model was attached to another loss, {others[0]!r}. Bind once, and "
-                "give that one loss to attach and to compile. For a model that was loaded or "
-                "cloned, take the `loss` of its LossArgs layer."
+                f"{what}this model was attached to another loss, {others[0]!r}. Give the "
+                "same loss to attach and to compile. A loaded or cloned model has its own: the "
+                "`loss` of its LossArgs layer."
             )
         by_hand = f"In a call by hand give the values: loss(y_true, y_pred, {names[0]}=...)."
         return AttachError(
@@ -299,11 +299,9 @@ def build(call: Call, y_true: Any, y_pred: Any) -> Any:
     """Check a model before its first step, in which Keras computes the loss of stand-ins."""
     if call.model is not None and torch_processes() > 1:
         raise LossArgsError(
-            f"torch.distributed runs {torch_processes()} processes, and on PyTorch Keras's "
-            "fit() trains in one: each would train a model of its own, on all the data it is "
-            "given. Write the loop yourself: parallel = DistributedDataParallel(model), "
-            "loss(y_true, parallel(x, training=True), ...).backward(), and a torch.optim "
-            "optimizer; examples/distributed.py has it."
+            f"torch.distributed runs {torch_processes()} processes. In each of them, Keras's fit() "
+            "would train a model of its own. Write the loop yourself, with "
+            "DistributedDataParallel(model), as examples/distributed.py does."
         )
     layers = layers_of(call.model)
     for layer in layers:

@@ -28,9 +28,8 @@ def check_reads(
         if key not in held:
             raise ArgumentError(
                 f"{name} reads the variable {variable.path!r} of shape {tuple(variable.shape)}, "
-                "which is neither an argument nor a part of the model: JAX would freeze its "
-                "value, and no backend would train or save it. Pass the layer, generator or "
-                f"variable as an argument: def {name}(y_true, y_pred, *, layer): ..."
+                "which the model does not hold: no backend would train or save it. Pass it, or its "
+                f"layer or generator, as an argument: def {name}(y_true, y_pred, *, layer): ..."
             ) from cause
 
 

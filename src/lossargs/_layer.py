@@ -287,9 +287,9 @@ class LossArgs(keras.Layer):
         if is_own and compiled and self.loss not in compiled:
             raise AttachError(
                 f"{model.name!r} is attached to {self.loss!r}, and was compiled with "
-                f"{', '.join(map(repr, compiled))}. Bind once, and give that one loss to attach "
-                "and to compile. For a model that was loaded or cloned, take the `loss` of its "
-                "LossArgs layer. For another loss take model = detach(model)."
+                f"{', '.join(map(repr, compiled))}. Give the same loss to both. A loaded or "
+                "cloned model has its own: the `loss` of its LossArgs layer. For another loss, "
+                "take the old one out first: detach(model)."
             )
         for one in self._args.live:
             if isinstance(one.adapter, LayerAdapter):

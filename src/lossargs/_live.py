@@ -95,8 +95,8 @@ class Adapter(keras.Layer):
         if tensor is not None and not isinstance(tensor, keras.KerasTensor):
             raise ArgumentError(
                 f"{type(self).__name__} was given {format_value(tensor)}, and reads a symbolic "
-                "tensor. Give the output of a layer or a keras.Input; or nothing, and the tensor "
-                "by the name of the argument in the call of LossArgs."
+                "tensor. Give the output of a layer or a keras.Input. Or give nothing here, and "
+                "the tensor in the call of LossArgs."
             )
         # No mixed policy: live values keep their precision.
         super().__init__(**{"dtype": keras.config.floatx(), **kwargs})
