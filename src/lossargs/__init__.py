@@ -27,7 +27,7 @@ from lossargs._live import Adapter
 from lossargs._loss import BoundLoss
 from lossargs._schedule import BoundSchedule, ScheduleFactory, schedule
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Adapter",

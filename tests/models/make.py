@@ -2,7 +2,7 @@
 
     KERAS_BACKEND=jax python tests/models/make.py
 
-The files that lie here were written by lossargs 0.1.0 on Keras 3.15.1, and must go on loading on
+The files that lie here were written on Keras 3.15.1, and must go on loading on
 every backend; `expected.json` has the loss that the model had when it was written.
 """
 
