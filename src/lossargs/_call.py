@@ -254,6 +254,8 @@ class Call(keras.losses.Loss):
     def _call_function(self, y_true: Any, y_pred: Any) -> Any:
         if isinstance(y_true, tuple) and not y_true:
             y_true = None
+        elif keras.ops.is_tensor(y_true) and keras.ops.is_tensor(y_pred):
+            y_true, y_pred = squeeze_or_expand_to_same_rank(y_true, y_pred)
         else:
             pairs = keras.tree.map_structure(squeeze_or_expand_to_same_rank, y_true, y_pred)
             y_true, y_pred = (

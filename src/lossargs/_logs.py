@@ -12,32 +12,26 @@ from lossargs._keras import metric_names, named_outputs, producer
 from lossargs._live import Adapter, layers_of
 from lossargs._loss import BoundLoss
 
-# Represents NaN, which processes that compare their initial values would find different.
-_UNREPORTED = float(np.finfo("float32").min)
-
 
 class LiveValue(keras.Metric):
     """Logs the value of a live argument in the last step; NaN before the first."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name=name)
+        # Processes of TensorFlow compare initial values, and NaN is not equal to itself.
         self.last = self.add_variable(
-            shape=(),
-            initializer=keras.initializers.Constant(_UNREPORTED),
-            name="last",
-            aggregation="only_first_replica",
+            shape=(), initializer="zeros", name="last", aggregation="only_first_replica"
         )
+        self.reset_state()
 
     def update_state(self, value: Any) -> None:
-        self.last.assign(keras.ops.cast(keras.ops.stop_gradient(value), self.last.dtype))
+        self.last.assign(keras.ops.stop_gradient(value))
 
     def reset_state(self) -> None:
-        self.last.assign(_UNREPORTED)
+        self.last.assign(np.nan)
 
     def result(self) -> Any:
-        # On PyTorch also a copy: the value itself would change later.
-        last = self.last.value
-        return keras.ops.where(last == _UNREPORTED, np.nan, last)
+        return self.last.value + 0  # on PyTorch, the value itself would change later
 
 
 class TrackedLoss(keras.metrics.Mean):

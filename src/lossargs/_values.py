@@ -182,9 +182,11 @@ def to_tensors(value: Any, dtype: str, where: str) -> Any:
         elif not isinstance(leaf, keras.Variable) and not keras.ops.is_tensor(leaf):
             return leaf
         own = keras.backend.standardize_dtype(leaf.dtype)
+        wanted = dtype if keras.backend.is_float_dtype(own) else None
+        if wanted in (own, None) and keras.ops.is_tensor(leaf):
+            return leaf
         try:
-            is_float = keras.backend.is_float_dtype(own)
-            return keras.ops.convert_to_tensor(leaf, dtype=dtype if is_float else None)
+            return keras.ops.convert_to_tensor(leaf, dtype=wanted)
         except (TypeError, ValueError) as error:
             raise ArgumentError(
                 f"{where!r} is an array of {own}, of which {keras.backend.backend()} has no "
