@@ -10,7 +10,7 @@ import pytest
 from keras import ops
 
 from helpers import BACKEND, TESTS, each_writer, linear_model, message_of, run_python, to_float
-from lossargs import ArgumentError, AttachError, SavingError, attach, balance, with_args
+from lossargs import ArgumentError, AttachError, LossArgs, SavingError, attach, balance, with_args
 from lossargs.balancing import ReLoBRaLo, SoftAdapt, Uncertainty
 
 sys.path.insert(0, str(TESTS / "models"))
@@ -135,21 +135,14 @@ LOAD = """
 import json, sys, keras, lossargs
 sys.path.insert(0, "models")
 import make_balance
-model = keras.saving.load_model({path!r}, compile={compiled})
-if not {compiled}:
-    losses = [one.loss for one in model.layers if isinstance(one, lossargs.LossArgs)]
-    losses = {{type(loss.args["rule"]).__name__.lower(): loss for loss in losses}}
-    model.compile(keras.optimizers.SGD(0.05), loss=losses)
+model = keras.saving.load_model({path!r})
 print(json.dumps([make_balance.trained(model, 5), repr(model.loss["uncertainty"])]))
 """
 
 
-def goes_on_in_a_fresh_process(path, expected, *, compiled):
-    code = LOAD.format(path=str(path), compiled=compiled)
-    logs, shown = json.loads(run_python(code).splitlines()[-1])
+def assert_same_logs(logs, expected):
     for one, expected_one in zip(logs, expected, strict=True):
         assert one == pytest.approx(expected_one, rel=1e-5, abs=1e-6)
-    assert shown.startswith("balance([mean_squared_error(), log_cosh()], <Uncertainty ")
 
 
 @fit
@@ -160,17 +153,22 @@ def test_a_fresh_process_goes_on(tmp_path):
     names = {f"{n}_{t}{end}" for n in losses for t in NAMES for end in ("", "_weight")}
     assert set(logs[0]) == {"loss", *(f"{name}_loss" for name in losses), *names}
     model.save(tmp_path / "model.keras")
-    expected = make_balance.trained(model, 5)
-    goes_on_in_a_fresh_process(tmp_path / "model.keras", expected, compiled=True)
+    code = LOAD.format(path=str(tmp_path / "model.keras"))
+    logs, shown = json.loads(run_python(code).splitlines()[-1])
+    assert_same_logs(logs, make_balance.trained(model, 5))
+    assert shown.startswith("balance([mean_squared_error(), log_cosh()], <Uncertainty ")
 
 
 @fit
 @each_writer
 def test_models_written_on_other_backends(written_on):
-    models = TESTS / "models"
-    expected = json.loads((models / "balance.json").read_text())
-    path = models / f"balance-{written_on}.keras"
-    goes_on_in_a_fresh_process(path, expected, compiled=False)
+    folder = TESTS / "models"
+    model = keras.saving.load_model(folder / f"balance-{written_on}.keras", compile=False)
+    losses = [one.loss for one in model.layers if isinstance(one, LossArgs)]
+    losses = {type(loss.args["rule"]).__name__.lower(): loss for loss in losses}
+    model.compile(keras.optimizers.SGD(0.05), loss=losses)
+    expected = json.loads((folder / "balance.json").read_text())
+    assert_same_logs(make_balance.trained(model, 5), expected)
 
 
 # ---- Steps ----
