@@ -75,3 +75,22 @@ class CountdownAdapter(Adapter):
     @classmethod
     def from_config(cls, config):
         return cls(Countdown(0), **config)
+
+
+@keras.saving.register_keras_serializable("kinds")
+class Handing(Adapter):
+    """Hands over a layer."""
+
+    def __init__(self, layer, **kwargs):
+        super().__init__(**kwargs)
+        self.layer = layer
+
+    def value(self, tensor, training):
+        return self.layer
+
+    def get_config(self):
+        return {**super().get_config(), "layer": keras.saving.serialize_keras_object(self.layer)}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**{**config, "layer": keras.saving.deserialize_keras_object(config["layer"])})

@@ -7,6 +7,7 @@ from keras import ops
 
 import kinds
 import losses
+import networks
 from helpers import attached, error_of, linear_model, logs_of
 from lossargs import Adapter, ArgumentError, AttachError, LossArgs, SavingError, attach
 
@@ -49,6 +50,22 @@ def test_tensor_given_in_a_call_of_the_layer(data):
     model.compile("sgd", loss=loss)
     logs = logs_of(model, data.x, data.y)
     assert logs["shift"] == pytest.approx(data.x.sum(axis=1).mean(), rel=1e-4)
+
+
+def test_object_that_an_adapter_hands_over(tmp_path):
+    loss = networks.centred(centres=kinds.Handing(networks.part_of("centre loss", None)))
+    model = attach(linear_model(), loss)
+    model.compile(keras.optimizers.SGD(0.05), loss=loss)
+    by_hand = networks.by_hand("centre loss")
+    by_hand.compile(keras.optimizers.SGD(0.05))
+    for _ in range(2):
+        expected = networks.fitted(by_hand)["loss"]
+        assert networks.fitted(model)["loss"] == pytest.approx(expected, rel=1e-5)
+        before = [np.array(variable) for variable in model.weights]
+        model.evaluate(networks.X, networks.Y, verbose=0)
+        np.testing.assert_equal([np.array(variable) for variable in model.weights], before)
+        model.save(tmp_path / "model.keras")
+        model = keras.saving.load_model(tmp_path / "model.keras")
 
 
 def test_adapter_without_a_config_of_its_arguments(tmp_path):

@@ -22,7 +22,6 @@ from lossargs._serialization import load_object
 from lossargs._values import format_value, live_types, map_leaves
 
 _ATTRIBUTE = "_lossargs_steps"
-_ADAPTED = object()  # represents the object that an adapter adapts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +29,13 @@ class Untracked:
     """Holds what Keras should not track as a part of a layer."""
 
     value: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Attribute:
+    """Represents an object, e.g. a layer, that is an attribute of an adapter."""
+
+    name: str
 
 
 class Adapter(keras.Layer):
@@ -230,7 +236,7 @@ class StepValues:
         """Return the variables of the objects, e.g. layers, that the losses receive."""
         self.compute_once()
         pairs = zip(self.layer().adapters, self.values or (), strict=True)
-        holders = [adapter for adapter, value in pairs if value is _ADAPTED]
+        holders = [adapter for adapter, value in pairs if isinstance(value, Attribute)]
         holders += [one for one in self.given.values() if isinstance(one, keras.Layer)]
         return [variable for one in holders for variable in one.variables]
 
@@ -250,7 +256,7 @@ class StepValues:
     def by_adapter(self) -> dict[Adapter, Any]:
         """Return the computed values."""
         pairs = zip(self.layer().adapters, self.values or (), strict=True)
-        return {one: one.adapted.value if v is _ADAPTED else v for one, v in pairs}
+        return {one: getattr(one, v.name) if isinstance(v, Attribute) else v for one, v in pairs}
 
     def compute_once(self) -> None:
         """Compute the values of this step, unless they are computed."""
@@ -258,17 +264,23 @@ class StepValues:
             return
         pairs = list(zip(self.layer().adapters, self.read, strict=True))
         with ReadScope(copies=True):
-            values = [adapter.value(one, self.training) for adapter, one in pairs]
-        # An adapted object may hold the model, which tensors must not.
-        self.values = [
-            _ADAPTED if value is not None and value is adapter.adapted.value else value
-            for value, (adapter, _) in zip(values, pairs, strict=True)
-        ]
+            self.values = [_without_objects(a, a.value(one, self.training)) for a, one in pairs]
 
     def finish_step(self) -> None:
         """Advance the state of the adapters."""
         for adapter, one in zip(self.layer().adapters, self.read, strict=True):
             adapter.finish_step(one)
+
+
+def _without_objects(adapter: Adapter, value: Any) -> Any:
+    """Return a value of an adapter; of an object the attribute that holds it.
+
+    An object may hold the model, which a tensor must not.
+    """
+    if value is None or keras.ops.is_tensor(value):
+        return value
+    attributes = {**vars(adapter), **getattr(adapter, "_modules", {})}  # layers, on PyTorch
+    return next((Attribute(name) for name, one in attributes.items() if one is value), value)
 
 
 def set_step_values(y_pred: Any, step_values: StepValues) -> Any:
