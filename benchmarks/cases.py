@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import layers, losses, ops
 
-from lossargs import attach, with_args
+from lossargs import attach, balance, with_args
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,9 +259,19 @@ def keras_losses(case: Case, count: int) -> keras.Model:
     return compiled(model, None)
 
 
-def sum_of_terms(case: Case, count: int) -> keras.Model:
+def bound_terms(count: int) -> list[Any]:
     named = [(f"term_{place}", part) for place, part in enumerate(terms(count))]
-    loss = sum(with_args(part, name=name)() / (i + 1) for i, (name, part) in enumerate(named))
+    return [with_args(part, name=name)() for name, part in named]
+
+
+def sum_of_terms(case: Case, count: int) -> keras.Model:
+    loss = sum(term / (place + 1) for place, term in enumerate(bound_terms(count)))
+    x, y, _ = case.network()
+    return compiled(keras.Model(x, attach(y, loss)), loss)
+
+
+def balanced_terms(case: Case, rule: Callable[[], keras.Layer], count: int) -> keras.Model:
+    loss = balance(bound_terms(count), rule())
     x, y, _ = case.network()
     return compiled(keras.Model(x, attach(y, loss)), loss)
 

@@ -109,16 +109,18 @@ def calls(records):
 
 def changes(records):
     """A new value, in steps of training."""
-    rows = [("", "plain step, ms", "assign, and step", "compile again, and step", "traces for 100")]
+    head = ("", "plain step, ms", "plain step again", "assign, and step")
+    rows = [(*head, "compile again, and step", "traces for 100")]
     for record in records:
         one = record["changes"]
         traces = one.get("traces for 100 changes", "none to count: the loss runs in each step")
         rows.append((
             NAMES[record["backend"]], f"{one['step']['milliseconds']:.2f}",
+            f"{one['step again']['ratio']:.2f} steps" if "step again" in one else "",
             f"{one['assign']['ratio']:.2f} steps", f"{one['compile again']['ratio']:.0f} steps",
             str(traces),
         ))  # fmt: skip
-    return table("lrrrr", *rows)
+    return table("lrrrrr", *rows)
 
 
 def binding(records):
@@ -139,7 +141,8 @@ def binding(records):
 
 def growth(records):
     """Live arguments beside `compute_loss`."""
-    rows = [("", "growing", "to", "step time", "quartiles", "ms beyond", "by hand", "lossargs")]
+    head = ("", "growing", "to", "step time", "quartiles", "ms beyond", "by hand", "lossargs")
+    rows = [(*head, "by hand again")]
     for record in records:
         for kind, sizes in record["growth"].items():
             for size, ways in sizes.items():
@@ -147,10 +150,10 @@ def growth(records):
                 ratio, spread, _ = compared(ours)
                 beyond = f"{ours['milliseconds'] - base['milliseconds']:+.2f}"
                 where = NAMES[record["backend"]]
-                rows.append(
-                    (where, kind, size, ratio, spread, beyond, program(base), program(ours))
-                )
-    return table("lllrlrll", *rows)
+                cells = where, kind, size, ratio, spread, beyond, program(base), program(ours)
+                null = ways.get("compute_loss again")  # absent from older results
+                rows.append((*cells, compared(null)[0] if null else ""))
+    return table("lllrlrllr", *rows)
 
 
 def sums(records):
@@ -165,6 +168,20 @@ def sums(records):
                 for way, one in ways.items()
             ]
     return table("lrlrlrl", *rows)
+
+
+def balanced(records):
+    """Four terms with balanced weights beside fixed ones."""
+    rows = [("", "model", "weights", "step time", "quartiles", "ms", "the step")]
+    for record in records:
+        for mode, cases_ in record["balanced"].items():
+            where = f"{NAMES[record['backend']]}, {mode}"
+            rows += [
+                (where, case, way, *compared(one), program(one))
+                for case, ways in cases_.items()
+                for way, one in ways.items()
+            ]
+    return table("lllrlrl", *rows)
 
 
 def measured_with(records):
@@ -237,7 +254,7 @@ def main(options):
     found = read(options.results, "derivatives")
     put(here, "derivatives", f"{derivatives(found)}\n\n{measured_with(found)}")
     found = read(options.results, "bench")
-    for one in (steps, changes, binding, growth, sums):
+    for one in (steps, changes, binding, growth, sums, balanced):
         put(here, one.__name__, f"{one(found)}\n\n{measured_with(found)}")
     put(ROOT / "docs" / "speed.md", "benchmarks", f"{in_short(found)}\n\n{measured_with(found)}")
     picture(found, ROOT / "docs" / "benchmarks.png")

