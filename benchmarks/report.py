@@ -95,6 +95,23 @@ def in_short(records):
     return table("l" + "r" * len(head), ("", *head), *body)
 
 
+def counts(records, called):
+    """What a step is, as counts that have no noise: a column for each model and kind."""
+    rows = {}
+    for where, model, kind, ways in cases(records):
+        one, base = ways["lossargs"], next(iter(ways.values()))
+        unit = next(name for name in base if name in ("instructions", "nodes", "operators"))
+        cell = f"{one[unit]:,} / {base[unit]:,}"
+        rows.setdefault(f"{where}: {unit}", {})[f"{model}, {kind}"] = cell
+    head = list(next(iter(rows.values())))
+    for kind, ways in list(called[0]["calls"].items())[:2]:
+        base, *_, ours = (sum(one.values()) for one in ways.values())
+        column = f"tiny, {kind.split()[3]}"
+        rows.setdefault("PyTorch, eager: calls", {})[column] = f"{ours:,} / {base:,}"
+    body = [(where, *(row.get(one, "") for one in head)) for where, row in rows.items()]
+    return table("l" + "r" * len(head), ("", *head), *body)
+
+
 def calls(records):
     """Python and C calls of a step on PyTorch, beside those of the first way."""
     rows = [("", "written as", "Python calls", "C calls", "beside by hand")]
@@ -256,6 +273,7 @@ def main(options):
     found = read(options.results, "bench")
     for one in (steps, changes, binding, growth, sums, balanced):
         put(here, one.__name__, f"{one(found)}\n\n{measured_with(found)}")
+    put(ROOT / "docs" / "speed.md", "counts", counts(found, read(options.results, "calls")))
     put(ROOT / "docs" / "speed.md", "benchmarks", f"{in_short(found)}\n\n{measured_with(found)}")
     picture(found, ROOT / "docs" / "benchmarks.png")
 
