@@ -15,7 +15,7 @@ import lossargs
 from helpers import BACKEND, TESTS
 
 EXAMPLES = TESTS.parent / "examples"
-NEEDS_MORE = {"distributed.py", "mnist.py", "mnist_report.py"}  # than 150 lines
+NEEDS_MORE = {"distributed.py", "heat_equation.py", "mnist.py", "mnist_report.py"}  # than 150 lines
 PNG = b"\x89PNG"
 each = pytest.mark.parametrize
 
@@ -264,9 +264,31 @@ def native_loops(record):
     return record["gap"] < 1e-4 and record["accuracy"] > record["nearest_mean"]
 
 
+def perceptual(record):
+    pixels, perceptual, original = record["accuracies"].values()
+    assert original > 0.8
+    return 1 - perceptual < 0.85 * (1 - pixels)
+
+
+def ewc(record):
+    without, kept = (
+        sum(1 - values[-1] for values in run.values()) for run in record["accuracies"].values()
+    )
+    return kept < 0.75 * without
+
+
+def centre_loss(record):
+    without, gathered = record["results"].values()
+    return gathered["spread"] < 0.7 * without["spread"]
+
+
+LEARNED = [distillation, segmentation, uncertainty_weighting, focal, ppo, native_loops]
+LEARNED += [perceptual, ewc, centre_loss]
+
+
 @pytest.mark.fit
 @pytest.mark.nightly  # `nox -s examples` runs them whole
-@each("learned", [distillation, segmentation, uncertainty_weighting, focal, ppo, native_loops])
+@each("learned", LEARNED)
 def test_an_example_trains_records_and_draws(learned, tmp_path):
     name = learned.__name__
     needs_packages("matplotlib", "mlxtend", *(["optax"] if BACKEND == "jax" else []))
