@@ -36,7 +36,7 @@ _KEPT = "_lossargs_kept"
 
 
 def attach(target: Target, loss: Any, *, track: Any = ()) -> Target:
-    """Attach a loss to a model, which then holds the live arguments of the loss.
+    """Return a new model that holds the live arguments of a loss.
 
     Args:
         target: A Functional or Sequential model. Or the symbolic output of a model that you create
@@ -46,14 +46,15 @@ def attach(target: Target, loss: Any, *, track: Any = ()) -> Target:
         track: Further bound losses, logged under their names. For several outputs, a list or dict.
 
     Returns:
-        The same kind as `target`, with the same layers, predictions, weights and attributes. New
+        The same kind as `target`, not compiled, with the same layers, predictions, weights and
+        attributes. New
         `keras.Input`s that an argument is computed from follow the inputs of the model. A
         Sequential model becomes a Functional one if the loss reads tensors. An earlier `attach` is
         replaced. Schedules continue at their positions.
 
     Raises:
         AttachError: The loss was not made by a factory. An argument is a tensor of another model.
-            Two logs would have one name. Or the class of the model has its own constructor.
+            Two logs would have the same name. Or the class of the model has its own constructor.
 
     Examples:
         >>> import keras
@@ -91,8 +92,8 @@ def detach(model: keras.Model) -> keras.Model:
         model: A Functional or Sequential model.
 
     Returns:
-        A model of the same layers, not compiled. If nothing is attached, the same model. Outputs of
-        `derivatives` are computed without derivatives.
+        A model of the same layers, not compiled. If nothing is attached, the same model. An output
+        `u` of `derivatives(u, ...)` is computed as the plain `u`.
 
     Raises:
         AttachError: The model is subclassed, or one of its layers is an attached model.

@@ -51,7 +51,7 @@ def balance(terms: Iterable[Any], rule: keras.Layer, *, name: str = "balance") -
         rule: A `keras.Layer`, e.g. one of `lossargs.balancing`. It is called with the values of
             the terms, a vector of shape `(terms,)`. It returns the loss, or a tuple of the loss
             and the weights.
-        name: The name of the loss, for the logs of a loss that it is a term of.
+        name: The name under which a sum logs the loss as a term.
 
     Returns:
         The bound loss.

@@ -30,7 +30,7 @@ class AttachError(LossArgsError):
 
 
 class BatchError(LossArgsError):
-    """A batch entry or a sample weight would be used wrongly, or not at all."""
+    """A batch entry is unknown, has a wrong shape, or would weight a metric."""
 
 
 class SavingError(LossArgsError):

@@ -75,7 +75,9 @@ class LossFactory(Factory[P]):
     @overload
     def __call__(self, /, *args: Any, **kwargs: Any) -> BoundLoss: ...
     def __call__(self, /, *args: Any, **kwargs: Any) -> BoundLoss:
-        """Return a loss with these extra arguments. Arguments left out come with the batch.
+        """Return a loss with these extra arguments.
+
+        Arguments left out come with the batch, or keep their defaults.
 
         Raises:
             ArgumentError: An argument is unknown, given twice, or cannot be bound.

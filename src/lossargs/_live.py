@@ -131,7 +131,7 @@ class Adapter(keras.Layer):
 
     @classmethod
     def of(cls, value: Any) -> "Adapter":
-        """Return the adapter of a value of the type that this class adapts."""
+        """Return the adapter of a value of the type `adapts`."""
         adapter = cls._of_value.get(id(value))
         if adapter is None or adapter.adapted.value is not value:
             adapter = cls._of_value[id(value)] = cls(value)

@@ -32,7 +32,7 @@ _interned_lock = threading.Lock()
 class BoundLoss(Arithmetic, keras.losses.Loss):
     """A Keras loss with bound extra arguments, made by calling a factory.
 
-    A bound loss is immutable. Losses of one function with equal arguments and options are one
+    A bound loss is immutable. Equal arguments and options of the same function return the same
     object. Sums of losses are bound losses too: `mse() + 0.5 * kl(z)`.
     """
 
@@ -177,7 +177,7 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
                 it was not given.
             AttachError: A live argument has no value, because the predictions do not come from an
                 attached model.
-            BatchError: A batch entry would be used wrongly, or not at all.
+            BatchError: A batch entry is unknown, has a wrong shape, or would weight a metric.
         """
         try:
             inputs = Inputs.of(self, y_pred, sample_weight)

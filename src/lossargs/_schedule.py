@@ -92,7 +92,7 @@ class BoundSchedule(keras.optimizers.schedules.LearningRateSchedule):
         """Return the schedule that `get_config` described.
 
         Raises:
-            SavingError: Its function is not known in this process, takes other arguments by now, or
+            SavingError: Its function is not known in this process, has other parameters now, or
                 the config is damaged.
         """
         with reading("The saved schedule"):
@@ -119,7 +119,10 @@ def _decode(config: dict[str, Any]) -> Any:
 
 
 class ScheduleFactory(Factory[P]):
-    """Binds the extra arguments of a function of the step, `__wrapped__`; made by `schedule`."""
+    """A factory of schedules, made by `schedule`. Calling it binds extra arguments.
+
+    `__wrapped__` is the function.
+    """
 
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> BoundSchedule:
         """Return a schedule with these arguments.

@@ -148,9 +148,9 @@ class ReLoBRaLo(_Remembering):
     For `n` terms with the values `v` in this step, `v_last` in the step before and `v_0` in the
     first step:
 
-        balance(reference) = n * softmax(v / (temperature * reference + epsilon))
-        history = rho * last_weights + (1 - rho) * balance(v_0)
-        weights = alpha * history + (1 - alpha) * balance(v_last)
+        relative(reference) = n * softmax(v / (temperature * reference + epsilon))
+        history = rho * last_weights + (1 - rho) * relative(v_0)
+        weights = alpha * history + (1 - alpha) * relative(v_last)
 
     In each step, `rho` is drawn: one with the probability `lookback`, else zero. All weights are
     one in the first step. `epsilon` is `keras.config.epsilon()`. Evaluation uses the weights of the
@@ -159,7 +159,7 @@ class ReLoBRaLo(_Remembering):
     Args:
         alpha: How slowly weights change, between 0 and 1.
         temperature: The temperature of the softmax. A high one makes the weights equal.
-        lookback: The probability of looking back to the last step, and not to the first one.
+        lookback: The probability that `history` is the last weights, and not from the first step.
         seed: An integer, or a `keras.random.SeedGenerator`, for the draws.
         **kwargs: Arguments of `keras.layers.Layer`.
 
@@ -200,14 +200,14 @@ class ReLoBRaLo(_Remembering):
         first = ops.where(self.steps > 1, first, last)
         self.first.assign(first)
 
-        def balance(reference: Any) -> Any:
+        def relative(reference: Any) -> Any:
             scaled = values / (self.temperature * reference + keras.config.epsilon())
             weights: Any = ops.softmax(scaled)
             return weights * values.shape[0]
 
         draw: Any = keras.random.uniform((), seed=self.seed_generator)
-        history: Any = ops.where(draw < self.lookback, last_weights, balance(first))
-        return self.alpha * history + (1 - self.alpha) * balance(last)
+        history: Any = ops.where(draw < self.lookback, last_weights, relative(first))
+        return self.alpha * history + (1 - self.alpha) * relative(last)
 
     # Keras does not save the state of a generator.
 
