@@ -36,6 +36,7 @@ EXAMPLES = (
     "native_loops",
     "ewc",
     "centre_loss",
+    "perceptual",
 )
 BENCH_RESULTS = Path("benchmarks/results")
 EXAMPLE_RESULTS = Path("build/examples")

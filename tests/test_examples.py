@@ -257,13 +257,21 @@ def ppo(record):
     return record["accuracy"]["clipped"] > 0.9 * record["accuracy"]["supervised"]
 
 
+def perceptual(record):
+    pixels, both, _ = record["accuracies"].values()
+    return 1 - both < 0.85 * (1 - pixels)
+
+
 def native_loops(record):
     return record["gap"] < 1e-4 and record["accuracy"] > record["nearest_mean"]
 
 
 @pytest.mark.fit
 @pytest.mark.nightly  # `nox -s examples` runs them whole
-@each("learned", [distillation, segmentation, uncertainty_weighting, focal, ppo, native_loops])
+@each(
+    "learned",
+    [distillation, segmentation, uncertainty_weighting, focal, ppo, perceptual, native_loops],
+)
 def test_an_example_trains_records_and_draws(learned, tmp_path):
     name = learned.__name__
     needs_packages("matplotlib", "mlxtend", *(["optax"] if BACKEND == "jax" else []))
