@@ -106,7 +106,7 @@ def counts(records, called):
     head = list(next(iter(rows.values())))
     for kind, ways in list(called[0]["calls"].items())[:2]:
         base, *_, ours = (sum(one.values()) for one in ways.values())
-        column = f"tiny, {kind.split()[3]}"
+        column = f"tiny, {'constant' if 'constant' in kind else 'live'}"
         rows.setdefault("PyTorch, eager: calls", {})[column] = f"{ours:,} / {base:,}"
     body = [(where, *(row.get(one, "") for one in head)) for where, row in rows.items()]
     return table("l" + "r" * len(head), ("", *head), *body)
