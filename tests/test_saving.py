@@ -71,6 +71,7 @@ def test_fresh_process_without_the_module(tmp_path):
     )
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of NumPy
 @each_writer
 def test_models_written_on_other_backends(written_on):
     path = TESTS / "models" / f"{written_on}.keras"

@@ -183,7 +183,7 @@ def to_tensors(value: Any, dtype: str, where: str) -> Any:
             return leaf
         own = keras.backend.standardize_dtype(leaf.dtype)
         wanted = dtype if keras.backend.is_float_dtype(own) else None
-        if wanted in (own, None) and keras.ops.is_tensor(leaf):
+        if wanted in (own, None) and not isinstance(leaf, (np.ndarray, keras.Variable)):
             return leaf
         try:
             return keras.ops.convert_to_tensor(leaf, dtype=wanted)
