@@ -209,9 +209,10 @@ def measured_with(records):
     known = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     first = records[0]
     accelerators = ", ".join(first.get("accelerators", [])) or "no GPU"
+    turns = min(record["turns"] for record in records)
     return (
         f"Measured on {first['machine']}, {accelerators}, Python {first['python']}, with {known}; "
-        f"{first['turns']} turns of each."
+        f"{turns} turns or more of each."
     )
 
 
