@@ -211,8 +211,8 @@ def measured_with(records):
     accelerators = ", ".join(first.get("accelerators", [])) or "no GPU"
     turns = min(record["turns"] for record in records)
     return (
-        f"Measured on {first['machine']}, {accelerators}, Python {first['python']}, with {known}; "
-        f"{turns} turns or more of each."
+        f"Measured on {first['machine']}, {accelerators}, Python {first['python']}, with {known}. "
+        f"Each has {turns} turns or more."
     )
 
 
