@@ -128,6 +128,42 @@ def values_on_tensors() -> dict[int, object]:
     return get_global_attribute("_lossargs_steps_dict") or {}
 
 
+def operations_of_train_step(model: keras.Model, batch: tuple) -> list[str]:
+    """Return the instructions of JAX's optimized program, the operations of TensorFlow's graph, or
+    the operators that PyTorch calls."""
+    model._symbolic_build(data_batch=batch)
+    model.optimizer.build(model.trainable_variables)
+    if BACKEND == "jax":
+        import jax
+
+        kinds = ("trainable", "non_trainable", "optimizer", "metrics")
+        state = model._get_jax_state(**{f"{kind}_variables": True for kind in kinds})
+        text = jax.jit(model.train_step).lower(state, batch).compile().as_text()
+        return [line for line in text.splitlines() if " = " in line]
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        tensors = tf.nest.map_structure(tf.constant, batch)
+        graph = tf.function(model.train_step, autograph=False).get_concrete_function(tensors).graph
+        definition = graph.as_graph_def()
+        parts = (definition.node, *(inner.node_def for inner in definition.library.function))
+        return [node.op for nodes in parts for node in nodes]
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    tensors = keras.tree.map_structure(torch.as_tensor, batch)
+    model.train_step(tensors)  # what happens once only
+    called: list[str] = []
+    with Watching():
+        model.train_step(tensors)
+    return called
+
+
 def run_python(code: str, *, backend: str = BACKEND, cwd: Path = TESTS) -> str:
     """What a fresh process prints that runs this code; fails if the process does."""
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}

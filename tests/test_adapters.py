@@ -85,6 +85,58 @@ def test_adapter_without_a_config_of_its_arguments(tmp_path):
         model.save(tmp_path / "model.keras")
 
 
+def test_adapter_that_loads_without_the_object(tmp_path):
+    class Held:
+        pass
+
+    class OfHeld(Adapter):
+        adapts = Held
+
+        def __init__(self, held, **kwargs):
+            super().__init__(**kwargs)
+
+        def value(self, tensor, training):
+            return ops.ones(())
+
+    model = attach(linear_model(), losses.shifted(Held()))
+    with pytest.raises(SavingError, match="OfHeld has no get_config.* without 'held'"):
+        model.save(tmp_path / "model.keras")
+
+
+def test_adapter_with_any_arguments():
+    class Any(Adapter):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    assert Any().get_config()["name"] == "any"
+
+
+class Thing:
+    pass
+
+
+THING = Thing()
+
+
+def test_last_adapter_of_a_type(data):
+    """A notebook cell that defines one is run again."""
+    for constant in (1.0, 2.0):
+
+        class OfThing(Adapter):
+            adapts = Thing
+            shape = ()
+            factor = constant
+
+            def __init__(self, thing, **kwargs):
+                super().__init__(**kwargs)
+
+            def value(self, tensor, training):
+                return ops.convert_to_tensor(self.factor)
+
+        logs = logs_of(attached(losses.shifted(THING)), data.x, data.y)
+        assert logs["shift"] == constant
+
+
 def test_adapters_that_are_wrong(data):
     with pytest.raises(AttachError, match="'shift'"):
         attach(linear_model(), losses.shifted(kinds.MovingAverage()))

@@ -7,7 +7,7 @@ from keras import ops
 
 import losses
 from helpers import KERAS, attached, fixed, layer_of, linear_model, logs_of, raising, step_itself
-from lossargs import AttachError, LossArgs, attach, detach, live_args
+from lossargs import AttachError, LossArgs, attach, detach, live_args, with_args
 
 each = pytest.mark.parametrize
 
@@ -18,6 +18,10 @@ def functional(outputs="one", cls=keras.Model, **options):
     b = keras.layers.Dense(2, name="b")(a)
     given = {"one": a, "list": [a, b], "tuple": (a, b), "dict": {"first": a, "second": b}}[outputs]
     return cls(x, given, name="network", **options)
+
+
+def losses_layers(model):
+    return [layer for layer in model.layers if isinstance(layer, LossArgs)]
 
 
 def same_predictions(one, other, data):
@@ -44,6 +48,32 @@ def test_functional_model(data):
     assert detach(model) is model
     reads_input = attach(model, losses.described(what=model.inputs[0]))
     assert reads_input.input is model.input
+
+
+def test_losses_to_track_for_each_output():
+    mae, mse = (
+        with_args(function)()
+        for function in (keras.losses.mean_absolute_error, keras.losses.mean_squared_error)
+    )
+    loss = losses.shifted(1.0)
+    x = keras.Input((3,))
+    one = keras.Model(x, [keras.layers.Dense(1)(x)])
+    for track in ([mae], [[mae]], {one.output_names[0]: mae}):
+        assert layer_of(attach(one, loss, track=track)).track == (mae,)
+    for track in ([mae, mse], [mae, [mse]], {"a": mae, "b": mse}, ([mae], mse)):
+        model = attach(functional("list"), loss, track=track)
+        assert [layer.track for layer in losses_layers(model)] == [(mae,), (mse,)]
+    for track in ([None, mse], {"b": mse}):
+        model = attach(functional("list"), loss, track=track)
+        assert [layer.track for layer in losses_layers(model)] == [(), (mse,)]
+    for track in (mae, [mae]):
+        with raising(AttachError, "for the outputs 'a', 'b'", "a list with one entry for each"):
+            attach(functional("list"), loss, track=track)
+
+
+def test_symbolic_tensor_of_no_layer():
+    with raising(AttachError, "neither a model nor the symbolic output of a layer"):
+        attach(keras.KerasTensor((None, 1)), losses.shifted(fixed()))
 
 
 def test_sequential_model(data):
@@ -211,11 +241,11 @@ TARGETS = {
     ),
     "subclassed": (lambda loss: attach(Subclassed(), loss), ["self.loss_args(y_pred)"]),
     "no model": (lambda loss: attach(np.zeros(3), loss), ["array([0., 0., 0.])"]),
-    "detach subclassed": (lambda loss: detach(Subclassed()), ["Subclassed", "`predict`"]),
-    "detach inner": (lambda loss: detach(inside_a_model()), ["'network'", "Detach"]),
+    "detach subclassed": (lambda loss: detach(Subclassed()), ["Subclassed", "model.predict(x)"]),
+    "detach inner": (lambda loss: detach(inside_a_model()), ["'network'", "detach(inner_model)"]),
     "detach inner sequential": (
         lambda loss: detach(keras.Sequential([inside_a_model()])),
-        ["Detach"],
+        ["detach(inner_model)"],
     ),
 }
 

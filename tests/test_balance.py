@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from keras import ops
 
-from helpers import BACKEND, TESTS, each_writer, linear_model, message_of, run_python, to_float
+from helpers import (
+    BACKEND,
+    TESTS,
+    each_writer,
+    linear_model,
+    message_of,
+    operations_of_train_step,
+    run_python,
+    to_float,
+)
 from lossargs import ArgumentError, AttachError, LossArgs, SavingError, attach, balance, with_args
 from lossargs.balancing import ReLoBRaLo, SoftAdapt, Uncertainty
 
@@ -40,8 +49,12 @@ def attached(loss, optimizer=None, **options):
     return model
 
 
+def balance_of(rule):
+    return balance([mse(), log_cosh()], RULES[rule]())
+
+
 def balanced(rule, optimizer=None, **options):
-    return attached(balance([mse(), log_cosh()], RULES[rule]()), optimizer, **options)
+    return attached(balance_of(rule), optimizer, **options)
 
 
 def train(model, x, y, first=0, last=STEPS):
@@ -241,6 +254,14 @@ class Largest(keras.layers.Layer):
         return ops.max(values)
 
 
+class Listing(keras.layers.Layer):
+    """Returns a list, where others return a tuple."""
+
+    def call(self, values):
+        weights = ops.ones_like(values)
+        return [ops.sum(values), weights]
+
+
 @keras.saving.register_keras_serializable(package="test_balance")
 class Average(keras.layers.Layer):
     """Weighs by the mean of earlier values."""
@@ -264,6 +285,30 @@ def test_a_rule_without_weights(data):
 
 
 @fit
+def test_a_rule_that_returns_a_list(data):
+    (logs,) = train(attached(balance([mse(), log_cosh()], Listing())), data.x, data.y, last=1)
+    assert logs["loss"] == pytest.approx(sum(logs[name] for name in NAMES))
+    assert [logs[f"{name}_weight"] for name in NAMES] == [1, 1]
+
+
+@fit
+@each_rule
+def test_a_step_copies_nothing_to_the_host(rule, data):
+    """A number read in Python would be such a copy; a trace refuses it, or calls back."""
+    words = ("callback", "pyfunc", "local_scalar", "infeed", "outfeed", "_to_cpu")
+    copies = {}
+    for name, loss in {"fixed": mse() + log_cosh(), rule: balance_of(rule)}.items():
+        operations = operations_of_train_step(attached(loss), (data.x, data.y))
+        assert len(operations) > 20
+        found = [one for one in operations if any(word in one.lower() for word in words)]
+        copies[name] = len(found)
+    # Keras's optimizer reads its learning rate on PyTorch, and a draw reads the seed.
+    is_drawn = rule == "ReLoBRaLo" and BACKEND == "torch"
+    assert copies["fixed"] == (BACKEND == "torch")
+    assert copies[rule] == copies["fixed"] + is_drawn
+
+
+@fit
 def test_a_rule_with_state(data, tmp_path):
     model = attached(balance([mse(), mse.options(name="again")()], Average()))
     logs = train(model, data.x, data.y, last=6)
@@ -280,6 +325,19 @@ def test_a_rule_with_state(data, tmp_path):
     ]
 
 
+@with_args
+def half_of(y_true, y_pred, *, base, used=True):
+    return 0.5 * base(y_true, y_pred) if used else ops.mean(ops.square(y_true - y_pred), axis=-1)
+
+
+@fit
+@pytest.mark.parametrize("used", [True, False])
+def test_a_balanced_loss_as_an_inner_loss(used, data):
+    model = attached(half_of(base=balance([mse(), log_cosh()], SoftAdapt()), used=used))
+    logs = train(model, data.x, data.y, last=2)
+    assert [set(one) for one in logs] == [{"loss"}] * 2
+
+
 @fit
 def test_balanced_terms_within_a_sum(data):
     inner = balance([mse(), log_cosh()], Largest(), name="largest")
@@ -292,6 +350,20 @@ def test_balanced_terms_within_a_sum(data):
 
 
 # ---- As other losses ----
+
+
+def test_replace_reaches_the_terms_of_a_sum():
+    rule = SoftAdapt(name="rule")
+    loss = mse() + balance([mae(), with_args(keras.losses.huber)(delta=1.0)], rule)
+    changed = loss.replace(delta=2.0)
+    assert repr(changed) == repr(loss).replace("delta=1.0", "delta=2.0") != repr(loss)
+    with pytest.raises(ArgumentError, match="No term of .* takes 'scale'"):
+        loss.replace(scale=1.0)
+
+
+def test_the_widest_dtype():
+    terms = [mse(), mse.options(name="exact", dtype="float64")()]
+    assert balance(terms, SoftAdapt()).dtype == sum(terms).dtype == "float64"
 
 
 def test_equality_and_repr():
@@ -312,16 +384,18 @@ def test_equality_and_repr():
 @pytest.mark.parametrize(
     ("terms", "rule", "said"),
     [
-        ([], SoftAdapt(), "Cannot balance 0 terms by "),
+        ([], SoftAdapt(), "balance() was given no terms"),
         (
             [mse()],
             lambda values: values,
-            "Give a list of losses and a layer: balance([mse(), kl()]",
+            "not a layer. Write balance(terms, lossargs.balancing.SoftAdapt())",
         ),
         ([mse], SoftAdapt(), "is not a loss. Call a factory: factory(...)"),
         ([mse(), 3.0], SoftAdapt(), "3.0 is not a loss"),
+        ([mse.options(reduction=None)()], SoftAdapt(), "has one number per sample"),
+        ([keras.losses.MeanAbsoluteError(reduction="none")], SoftAdapt(), "one number per sample"),
     ],
-    ids=["no terms", "function", "factory", "number"],
+    ids=["no terms", "function", "factory", "number", "not reduced", "not reduced by Keras"],
 )
 def test_wrong_calls(terms, rule, said):
     with pytest.raises(ArgumentError) as caught:
@@ -332,7 +406,9 @@ def test_wrong_calls(terms, rule, said):
 @fit
 def test_terms_of_one_name():
     sums = mse.options(reduction="sum")
-    with pytest.raises(AttachError, match=r"'mean_squared_error' would name 2 .*options\(name="):
+    with pytest.raises(
+        AttachError, match=r"have the name 'mean_squared_error' in .*options\(name="
+    ):
         attach(linear_model(), balance([mse(), sums()], SoftAdapt()))
 
 

@@ -91,9 +91,9 @@ def test_what_is_no_loss():
     with pytest.raises(ArgumentError, match="returns a function.*Move the extra arguments"):
         network(loss).evaluate(X, Y, verbose=0)
     for factory in (losses.shifted, losses.scaled, with_args(two)):
-        with raising(ArgumentError, "call it: loss="):
+        with raising(ArgumentError, "loss="):
             network(factory).evaluate(X, Y, verbose=0)
-    with pytest.raises(ArgumentError, match="is a loss and no number"):
+    with pytest.raises(ArgumentError, match="is a loss, not a number"):
         np.asarray(losses.shifted(1.0))
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from helpers import BACKEND, KERAS, linear_model
+from helpers import BACKEND, KERAS, linear_model, operations_of_train_step
 from lossargs import with_args
 
 pytestmark = pytest.mark.fit
@@ -22,50 +22,10 @@ def closure(shift, scale):
     return loss
 
 
-def size_of_train_step(model, batch):
-    """Instructions of JAX's optimized program, nodes of TensorFlow's graph, operators of torch."""
-    model._symbolic_build(data_batch=batch)
-    model.optimizer.build(model.trainable_variables)
-    if BACKEND == "jax":
-        import jax
-
-        state = model._get_jax_state(
-            trainable_variables=True,
-            non_trainable_variables=True,
-            optimizer_variables=True,
-            metrics_variables=True,
-        )
-        text = jax.jit(model.train_step).lower(state, batch).compile().as_text()
-        return sum(" = " in line for line in text.splitlines())
-    if BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        tensors = tf.nest.map_structure(tf.constant, batch)
-        graph = tf.function(model.train_step, autograph=False).get_concrete_function(tensors).graph
-        definition = graph.as_graph_def()
-        inner = sum(len(function.node_def) for function in definition.library.function)
-        return len(definition.node) + inner
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Counter(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.count += 1
-            return function(*args, **(kwargs or {}))
-
-    tensors = keras.tree.map_structure(torch.as_tensor, batch)
-    model.train_step(tensors)  # what happens once only
-    with Counter() as counter:
-        model.train_step(tensors)
-    return counter.count
-
-
 def step_with(loss, data):
     model = linear_model()
     model.compile(keras.optimizers.SGD(0.1), loss=loss)
-    return size_of_train_step(model, (data.x, data.y))
+    return len(operations_of_train_step(model, (data.x, data.y)))
 
 
 @pytest.mark.parametrize("shift", [10.0, 10, np.float32(10)], ids=["float", "int", "numpy"])

@@ -330,7 +330,7 @@ def test_layers_stay_shared_with_the_rest(tmp_path):
         np.testing.assert_allclose(slope, 4 / np.cosh(X + T + 1) ** 2, rtol=1e-4)
     config = models[0].get_config()
     for make in (keras.models.clone_model, lambda _: keras.Model.from_config(config)):
-        with pytest.raises(SavingError, match="cannot be made again from its config alone"):
+        with pytest.raises(SavingError, match="Cannot clone a model with derivatives"):
             make(models[0])
 
 
@@ -359,7 +359,7 @@ def fails(kind, *arguments):
 
 def test_errors_of_arguments():
     x, t = inputs()
-    for wrong in ((), 1.0, "x", np.ones(3)):
+    for wrong in ((), 1.0, "x", np.ones(3), keras.KerasTensor((None, 1))):
         for argument in (wrong, (x, wrong)):
             assert "grad(y, x) takes symbolic tensors" in fails(ArgumentError, argument)
     message = fails(DerivativeError, (x**2, t))
@@ -377,7 +377,7 @@ def test_errors_of_arguments():
     y = 2 * x
     message = fails(DerivativeError, (y**2, x), (y**2, y))
     assert "is computed from <symbolic tensor 'x' (None, 1)>" in message
-    assert "Take them one after another, by grad()." in message
+    assert "Write grad(y, x) for each." in message
 
 
 def opaque(orders):

@@ -56,7 +56,7 @@ def test_exception_in_the_first_step(data, how, eager, broken):
     with pytest.raises(ZeroDivisionError, match="the user's own error") as error:
         getattr(model, how)(data.x, data.y, verbose=0)
     note = "".join(error.value.__notes__)
-    assert "loss fragile, called with y_true: float32 (" in note
+    assert "While computing the loss fragile with y_true: float32 (" in note
     assert "shift: float32 ()" in note
     for one, two in zip(model.get_weights(), weights, strict=True):
         np.testing.assert_array_equal(one, two)

@@ -100,7 +100,7 @@ def test_error_in_a_later_step():
     broken.append(True)
     with pytest.raises(ZeroDivisionError, match="of the user") as caught:
         fitted(model)
-    assert any("raised in the loss fragile" in note for note in caught.value.__notes__)
+    assert any("While computing the loss fragile" in note for note in caught.value.__notes__)
 
 
 def test_trainable_changes_between_compiles():

@@ -264,6 +264,7 @@ def test_names_that_keras_logs_as_well(data):
     made(model, loss, metrics={"a": ["mae"], "b": []})
     logs = logs_of(model, data.x, {"a": data.y, "b": data.y})
     assert logs["flexible_a_loss"] == 1
+    assert set(live_args(model)) == {"flexible_a_loss", "flexible_mae"}
     assert logs["a_loss"] > 3
 
 

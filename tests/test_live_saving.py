@@ -24,7 +24,7 @@ from helpers import (
     run_python,
     to_float,
 )
-from lossargs import AttachError, SavingError, attach, live_args
+from lossargs import AttachError, SavingError, attach, live_args, with_args
 
 pytestmark = pytest.mark.fit
 
@@ -174,6 +174,16 @@ def test_loaded_loss_with_another_constant(tmp_path, data, reads_tensors):
     live_args(model)["live"].assign(10.0)
     expected = error_of(data) + 12 + (data.x[:, 0].mean() if reads_tensors else 0)
     assert logs_of(model, data.x, data.y)["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_saved_weights_do_not_depend_on_the_logs(tmp_path, data):
+    mae = with_args(keras.losses.mean_absolute_error)()
+    loss = losses.shifted(fixed(2.0))
+    models = [attached(loss, track=track) for track in ((), mae)]
+    models[0].fit(data.x, data.y, verbose=0)
+    models[0].save_weights(tmp_path / "model.weights.h5")
+    models[1].load_weights(tmp_path / "model.weights.h5")
+    assert len(models[0].weights) == len(models[1].weights)
 
 
 def test_loss_alone_goes_through_pickle_and_json():

@@ -193,7 +193,7 @@ def merged(function, case):
 
     check([n for n in function.known if n == "sample_weight"], ArgumentError)
     too_many = case.positionals[len(function.positional) :]
-    check(too_many, ArgumentError, ["arguments by position", "which generated does not take"])
+    check(too_many, ArgumentError, ["arguments by position", "generated has no argument"])
     args = dict(zip(function.positional, case.positionals, strict=False))
     check([n for n in case.keywords if n in args], ArgumentError)
     for changes in (case.keywords, case.replacements):

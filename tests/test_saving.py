@@ -247,7 +247,7 @@ scaled_partial = functools.partial(losses.scaled.__wrapped__, scale=3.0)
         (Callable(), "Callable is a Callable, not a function"),
         (
             capturing(),
-            "hinge captures 'later', 'margin', 'unassigned' from the function around it. Files",
+            "hinge captures 'later', 'margin', 'unassigned' from the function around it. Saved",
         ),
         (losses.times(3)(plain), "plain captures 'factor' from the function around it"),
     ],

@@ -90,7 +90,7 @@ VARIABLE = keras.Variable(1.0, name="outside")
     ("bind", "text"),
     [
         (warmup, "warmup() needs a value for 'steps'. Write warmup(steps=...)."),
-        (lambda: warmup(stesp=4), "'stesp', which warmup does not take. It takes 'steps', 'peak'."),
+        (lambda: warmup(stesp=4), "warmup has no argument 'stesp'. It takes 'steps', 'peak'."),
         (lambda: warmup(4, steps=4), "call it: learning_rate=warmup(...)."),
         (
             lambda: cyclical(6, 0.5),
@@ -99,21 +99,24 @@ VARIABLE = keras.Variable(1.0, name="outside")
         (lambda: warmup({4}), "'steps' of warmup() is a set, which can change"),
         (
             lambda: warmup([VARIABLE]),
-            "warmup takes <trainable variable 'outside'> as 'steps', and a schedule computes from",
+            "warmup takes <trainable variable 'outside'> as 'steps'. A schedule reads",
         ),
-        (lambda: losses.shifted(warmup), "is the factory warmup, not a schedule. Call it: shift="),
+        (
+            lambda: losses.shifted(warmup),
+            "holds the factory warmup, not a schedule. Call it",
+        ),
         (lambda: schedule(lambda: 0), "schedule() cannot use <function"),
         (lambda: schedule(lambda *, step: 0), "cannot be called as <lambda>(step). Write `def "),
         (lambda: schedule(COSINE), "it is not a function"),
         (lambda: schedule(warmup), "it is not a function"),
-        (lambda: schedule(lambda s, step: 0), "'step' is a name of"),
+        (lambda: schedule(lambda s, step: 0), "'step' is reserved for"),
         (
             lambda: schedule(lambda s: ops.stack([s, s]))()(1),
             "<lambda>() returned a tensor of shape (2,)",
         ),
         (
             lambda: schedule(lambda s: s * VARIABLE)()(1),
-            "<lambda> reads the variable 'outside', and",
+            "<lambda> reads the variable 'outside'. A",
         ),
     ],
 )
@@ -241,7 +244,7 @@ def capturing():
     ("bound", "text"),
     [
         (schedule(lambda step: step), "`def my_schedule(step): ...`."),
-        (capturing(), "captured captures 'peak' from the function around it. Files hold"),
+        (capturing(), "captured captures 'peak' from the function around it. Saved files"),
         (capturing(), "at the top of a module: `def captured(step, peak): ...`."),
         (lambda: table([{1: mse}]), "'values' of table() is <function mse"),
     ],

@@ -103,8 +103,11 @@ class VariableAdapter(Adapter):
         with reading("A saved variable"):
             if "owner" in config:
                 layer, place = config["owner"]
+                if not isinstance(place, int):
+                    raise TypeError(f"the index of a weight is {place!r}")
                 owner = (load_object(layer, keras.Layer), place)
-                return cls(**{**config, "owner": owner})
+                shared: Self = super().from_config({**config, "owner": owner})
+                return shared
             saved = checked(config, "variable", dict)
             options = {name: checked(saved, name, *kinds) for name, kinds in _OPTIONS.items()}
             value = decode(saved["value"])
@@ -212,7 +215,7 @@ class LayerAdapter(Adapter):
 
     @property
     def metrics(self) -> list[Any]:
-        """None: a model asks layers at any depth, without the metrics of compiled models."""
+        """None, so that a model does not collect those of a compiled model among its arguments."""
         return []
 
     def check_is_alone(self, what: str) -> None:

@@ -1,4 +1,4 @@
-"""The arguments of the losses of a `LossArgs` layer: their adapters and metrics."""
+"""The arguments of the losses of a `LossArgs` layer: their adapters and logs."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from lossargs._adapters import LayerAdapter
 from lossargs._balance import computed_weights
 from lossargs._errors import AttachError, listed, nearest
 from lossargs._live import Adapter, adapter_of
-from lossargs._logs import LiveArg, LiveValue, TrackedLoss, check_names
+from lossargs._logs import LiveArg, LogItem, Logs, check_names
 from lossargs._loss import BoundLoss, check_is_bound
 from lossargs._values import cache_key, is_live
 
@@ -22,25 +22,27 @@ class Arguments:
     losses: dict[BoundLoss, dict[str, Any]]  # with trees of the adapters of their arguments
     adapters: dict[Any, Adapter]  # by the keys of the values
     live: tuple[LiveArg, ...]
-    logged: tuple[tuple[LiveValue, Adapter], ...]
-    tracked: tuple[tuple[BoundLoss, TrackedLoss], ...]  # terms also
-    weights: tuple[tuple[BoundLoss, int, LiveValue], ...]  # that losses compute for their terms
-    names: tuple[str, ...]  # of the metrics of tracked losses and weights
+    # What is logged, with the items in the logs.
+    scalars: tuple[tuple[Adapter, LogItem], ...]
+    tracked: tuple[tuple[BoundLoss, LogItem], ...]  # terms also
+    weights: tuple[tuple[BoundLoss, list[LogItem]], ...]  # that losses compute for their terms
+    labels: tuple[str, ...]  # of the items of tracked losses and weights
 
     def readers(self) -> list[Adapter]:
         """Return the adapters that read a tensor."""
         return [one for one in dict.fromkeys(self.adapters.values()) if one.reads_tensor]
 
-    def all_metrics(self) -> list[Any]:
-        """Return all metrics."""
-        return [metric for metric, _ in self.logged] + [one for _, one, _ in self.named_metrics()]
+    def logs(self) -> Logs:
+        """Return a metric that logs all items."""
+        values = [item for _, item in self.scalars]
+        values += [item for _, items in self.weights for item in items]
+        return Logs([item for _, item in self.tracked], values)
 
-    def named_metrics(self) -> list[tuple[BoundLoss, Any, str]]:
-        """Return the metrics of tracked losses and weights, with the loss and a name of each."""
-        pairs: list[tuple[BoundLoss, Any]] = [*self.tracked]
-        pairs += [(loss, metric) for loss, _, metric in self.weights]
-        named = zip(pairs, self.names, strict=True)
-        return [(loss, metric, name) for (loss, metric), name in named]
+    def items(self) -> list[tuple[BoundLoss, LogItem, str]]:
+        """Return the items of tracked losses and weights, with the loss and a label of each."""
+        weights = ((loss, item) for loss, items in self.weights for item in items)
+        pairs = [*self.tracked, *weights]
+        return [(*pair, label) for pair, label in zip(pairs, self.labels, strict=True)]
 
     def takes(self, name: str) -> bool:
         """Return whether a loss has an argument of that name."""
@@ -117,29 +119,34 @@ def collect(
         for one in (loss, *track)
         for inner in (one, *one.inner_losses)
     }
-    metrics: dict[tuple[str, Adapter], LiveValue] = {}
+    scalars: dict[tuple[str, Adapter], LogItem] = {}
     live: list[LiveArg] = []
-    weights: list[tuple[BoundLoss, int, LiveValue]] = []
+    weights = [
+        (one, [LogItem(name) for name in names])
+        for one in dict.fromkeys((loss, *loss.all_terms(), *track))
+        if (names := computed_weights(one))
+    ]
     for one in losses:
-        labels = enumerate(computed_weights(one))
-        weights += [(one, place, LiveValue(label)) for place, label in labels]
         for name, label, leaf in one.live_leaves():
-            logged = (label, adapter(leaf))
-            if logged[1].shape == () and logged not in metrics:
-                metrics[logged] = LiveValue(label)
-            live.append(LiveArg(one, name, label, cache_key(leaf), logged[1], metrics.get(logged)))
+            held = adapter(leaf)
+            if held.shape == ():
+                scalars.setdefault((label, held), LogItem(label))
+            item = scalars.get((label, held))
+            live.append(LiveArg(one, name, label, cache_key(leaf), held, item))
     for arg in live:
         if isinstance(arg.adapter, LayerAdapter):
             arg.adapter.check_is_alone(f"{arg.label!r} of {arg.loss!r}")
-    named: list[Any] = [*(TrackedLoss(name=one.name) for one in to_log)]
     return Arguments(
         loss=loss,
         track=track,
         losses=losses,
         adapters=adapters,
         live=tuple(live),
-        logged=tuple((metric, adapter) for (_, adapter), metric in metrics.items()),
-        tracked=tuple(zip(to_log, named, strict=True)),
+        scalars=tuple((held, item) for (_, held), item in scalars.items()),
+        tracked=tuple((one, LogItem(one.name)) for one in to_log),
         weights=tuple(weights),
-        names=tuple(one.name for one in (*named, *(metric for _, _, metric in weights))),
+        labels=(
+            *(one.name for one in to_log),
+            *(e.name for _, items in weights for e in items),
+        ),
     )

@@ -13,6 +13,8 @@ from lossargs._keras import (
     copy_own_state,
     flat_layers,
     forget_calls,
+    has_producer,
+    metric_names,
     own_variables,
     producer,
 )
@@ -43,18 +45,22 @@ def attach(target: Target, loss: Any, *, track: Any = ()) -> Target:
             afterwards, or a list or dict of outputs.
         loss: The bound loss that you also give to `compile`. For several outputs, a list or dict,
             as for `compile`. Other losses in it have no effect here.
-        track: Further bound losses, logged under their names. For several outputs, a list or dict.
+        track: Further bound losses, logged under their names. For several outputs, a dict by
+            output name, or a list with an entry for each output: a loss, a list of losses or
+            `None`.
 
     Returns:
-        The same kind as `target`, not compiled, with the same layers, predictions, weights and
-        attributes. New
-        `keras.Input`s that an argument is computed from follow the inputs of the model. A
-        Sequential model becomes a Functional one if the loss reads tensors. An earlier `attach` is
-        replaced. Schedules continue at their positions.
+        For a model, a new model of the same kind, not compiled, with the same layers, weights,
+        attributes and predictions. Inputs that only the arguments need come after the inputs of
+        the model. A Sequential model becomes a Functional one if the loss reads tensors. A loss
+        that was attached before is replaced. Schedules continue at their positions. For tensors,
+        tensors of the same values.
 
     Raises:
-        AttachError: The loss was not made by a factory. An argument is a tensor of another model.
-            Two logs would have the same name. Or the class of the model has its own constructor.
+        AttachError: `target` is a subclassed model, or neither a model nor symbolic tensors. The
+            loss is not a bound loss. An argument is a tensor of another model, or an attached
+            model. Two logs would have the same name. `loss` or `track` does not fit the outputs.
+            Or the class of the model defines its own `__init__`.
 
     Examples:
         >>> import keras
@@ -74,10 +80,9 @@ def attach(target: Target, loss: Any, *, track: Any = ()) -> Target:
         attached = _attach_functional(target, loss, track)
     elif isinstance(target, keras.Model):
         raise AttachError(
-            f"attach() cannot add a layer to {described(target)}, whose outputs are what its "
-            "`call` returns. Make a layer in its __init__, self.loss_args = LossArgs(loss), and "
-            "return self.loss_args(y_pred) in its `call`, with tensors by name: "
-            "self.loss_args(y_pred, z_mean=z_mean)."
+            f"attach() does not support subclassed models, e.g. {described(target)}. In __init__, "
+            "write self.loss_args = LossArgs(loss). In `call`, return self.loss_args(y_pred), with "
+            "tensors by name: self.loss_args(y_pred, z_mean=z_mean)."
         )
     else:
         attached, layers = _attach_tensors(target, loss, track, {})
@@ -92,11 +97,12 @@ def detach(model: keras.Model) -> keras.Model:
         model: A Functional or Sequential model.
 
     Returns:
-        A model of the same layers, not compiled. If nothing is attached, the same model. An output
-        `u` of `derivatives(u, ...)` is computed as the plain `u`.
+        A model of the same layers, not compiled. If nothing is attached, the same model. If an
+        output comes from `derivatives(u, ...)`, the new model computes `u` without derivatives.
 
     Raises:
-        AttachError: The model is subclassed, or one of its layers is an attached model.
+        AttachError: The model is subclassed, its class defines its own `__init__`, or one of its
+            layers is an attached model.
 
     Examples:
         >>> import keras
@@ -121,15 +127,14 @@ def detach(model: keras.Model) -> keras.Model:
         )
     else:
         raise AttachError(
-            f"detach() cannot take the layer out of {described(model)}, whose outputs are what "
-            "its `call` returns. LossArgs leaves predictions as they are: `predict` and `export` "
-            "work with it."
+            f"detach() does not support subclassed models, e.g. {described(model)}. LossArgs does "
+            "not change predictions. Use the model as it is: model.predict(x), model.export(path)."
         )
     if layers_of(detached):
-        inner = [layer.name for layer in detached.layers if layers_of(layer)]
+        inner = next(layer.name for layer in detached.layers if layers_of(layer))
         raise AttachError(
-            f"The layers {listed(inner)} of {model.name!r} are attached models themselves. Detach "
-            "them before they become layers of another model."
+            f"The layer {inner!r} of {model.name!r} has live arguments of a loss, and is not an "
+            "output. Create the model again on what it was before: detach(inner_model)."
         )
     forget_calls(detached.layers, LossArgs)
     objects = (LayerAdapter, SeedGeneratorAdapter)  # which the user holds
@@ -178,7 +183,11 @@ def live_args(model: keras.Model) -> dict[str, keras.Variable]:
         model: Any model, also a loaded one.
 
     Returns:
-        The `keras.Variable`s by their names in the logs.
+        The `keras.Variable`s by the names of their arguments. If two losses use one name for
+        different variables, the key is `<loss>_<argument>`. A scalar has this name in the logs.
+
+    Raises:
+        AttachError: Two different variables would have one name.
 
     Examples:
         >>> import keras
@@ -189,28 +198,28 @@ def live_args(model: keras.Model) -> dict[str, keras.Variable]:
         >>> live_args(attach(model, huber(delta=delta)))["delta"] is delta
         True
     """
-    named = names_of(layers_of(model), outputs=output_names_of(model))
+    named = names_of(layers_of(model), metric_names(model), output_names_of(model))
     variables = {name: one.adapter.variable for name, one in named if isinstance(one, LiveArg)}
     return {name: variable for name, variable in variables.items() if variable is not None}
 
 
 def _attach_tensor(output: Any, loss: BoundLoss, track: Any, kept: dict[Any, Adapter]) -> Any:
-    if not isinstance(output, keras.KerasTensor):
+    if not isinstance(output, keras.KerasTensor) or not has_producer(output):
         raise AttachError(
-            f"attach() takes a model, or the symbolic tensor that is its output, and was given "
-            f"{output!r}."
+            f"attach() was given {output!r}, which is neither a model nor the symbolic output of a "
+            "layer. Write attach(model, loss) or attach(y_pred, loss)."
         )
     replaced, given = producer(output)
     if isinstance(replaced, LossArgs):
         for adapter, tensor in zip(replaced.readers(), given[1:], strict=False):
             adapter.tensor = tensor
         kept = kept | replaced.adapters_by_key()
-    layer = LossArgs(loss, track=[track] if isinstance(track, BoundLoss) else track, kept=kept)
+    layer = LossArgs(loss, track=track, kept=kept)
     tensors = [adapter.tensor for adapter in layer.readers()]
     output = before_loss(output)
     _, layers = ancestors([output, *(t for t in tensors if t is not None)])
     layer.note_weights_of(layers)
-    _refuse_saving_shared_layers(layer, layers)
+    _mark_shared_layers(layer, layers)
     attached = layer(output, tensors) if tensors else layer(output)
     forget_calls(layers, LossArgs)  # else each would keep the loss
     return attached, layer
@@ -255,14 +264,13 @@ def _by_output(given: Any, names: Sequence[str], what: str, *, is_one: bool) -> 
         for name in given:
             if name not in names:
                 raise AttachError(
-                    f"attach({what}=...) names the output {name!r}, and there are {listed(names)}."
-                    f"{nearest(name, names)}"
+                    f"attach({what}=...) has no output {name!r}. Outputs: {listed(names)}. Write "
+                    f"{{{names[0]!r}: ...}}.{nearest(name, names)}"
                 )
         return [given.get(name) for name in names]
     if is_one:
         return [given] * len(names)
-    is_nested = what == "loss" or all(isinstance(one, (list, tuple)) for one in given)
-    if not is_nested or len(given) != len(names):
+    if isinstance(given, BoundLoss) or len(given) != len(names):
         raise AttachError(
             f"attach({what}=...) was given {given!r} for the outputs {listed(names)}. Give a dict, "
             f"{{{names[0]!r}: ...}}, or a list with one entry for each."
@@ -303,11 +311,12 @@ def _attach_functional(model: Any, loss: Any, track: Any) -> Any:
                 "its outputs are a list, whose names a model of its class would lose. Give it a "
                 "dict of outputs, keras.Model(inputs, {name: output})."
             )
-    _refuse_saving_own_weights(attached, layers)
+    _mark_own_weights(attached, layers)
     return _remember(attached, _kept_by(model))
 
 
-def _refuse_saving_own_weights(model: Any, layers: Iterable[LossArgs]) -> None:
+def _mark_own_weights(model: Any, layers: Iterable[LossArgs]) -> None:
+    """Mark layers as not savable whose arguments are weights of the model itself."""
     own = {id(variable) for variable in own_variables(model)}
     for layer in layers:
         for one in layer.get_live():
@@ -318,8 +327,11 @@ def _refuse_saving_own_weights(model: Any, layers: Iterable[LossArgs]) -> None:
                 )
 
 
-def _refuse_saving_shared_layers(layer: LossArgs, layers: list[Any]) -> None:
-    """Let no model be saved that is not of our classes, and whose graph a network shares."""
+def _mark_shared_layers(layer: LossArgs, layers: list[Any]) -> None:
+    """Mark the layer as not savable if a network in the loss shares layers with the model.
+
+    A model of our own classes can be saved: `attach` removes the mark.
+    """
     inside = {id(part): part.name for one in layers for part in flat_layers(one)}
     for one in layer.get_live():
         if not isinstance(one.adapter, LayerAdapter) or one.adapter.layer in layers:
@@ -352,15 +364,15 @@ def _refuse_inputs_of_layers(one: Any, sources: dict[int, Any], model: Any) -> N
 def _attach_sequential(model: Any, loss: Any, track: Any) -> Any:
     check_is_bound(loss)
     kept = _kept_by(model)
-    layer = LossArgs(loss, track=[track] if isinstance(track, BoundLoss) else track, kept=kept)
+    layer = LossArgs(loss, track=track, kept=kept)
     if not layer.readers():
         layers = [one for one in model.layers if not isinstance(one, LossArgs)]
         names_of([layer], by_layer=False)
         layer.note_weights_of(layers)
         attached = sequential_like(model, [*layers, layer])
         if not isinstance(attached, AttachedSequential):
-            _refuse_saving_shared_layers(layer, layers)
-        _refuse_saving_own_weights(attached, [layer])
+            _mark_shared_layers(layer, layers)
+        _mark_own_weights(attached, [layer])
         return _remember(attached, kept)
     if type(model) not in (keras.Sequential, AttachedSequential) or not model.built:
         raise AttachError(

@@ -9,7 +9,7 @@ import keras
 from lossargs._errors import ArgumentError
 from lossargs._function import LossFunction
 from lossargs._loss import BoundLoss
-from lossargs._sums import bound_term
+from lossargs._sums import bound_term, widest_dtype
 from lossargs._values import format_value
 
 
@@ -57,7 +57,8 @@ def balance(terms: Iterable[Any], rule: keras.Layer, *, name: str = "balance") -
         The bound loss.
 
     Raises:
-        ArgumentError: `terms` are not losses, or `rule` is not a layer.
+        ArgumentError: `terms` are not losses, a term is not reduced to one number, or `rule` is
+            not a layer.
 
     Examples:
         >>> import keras
@@ -71,11 +72,21 @@ def balance(terms: Iterable[Any], rule: keras.Layer, *, name: str = "balance") -
         >>> model.compile("adam", loss=loss)
     """
     bound = tuple(bound_term(term, BoundLoss) for term in terms)
-    if not bound or not isinstance(rule, keras.Layer):
+    if not bound:
         raise ArgumentError(
-            f"Cannot balance {len(bound)} terms by {rule!r}. Give a list of losses and a layer: "
-            "balance([mse(), kl()], lossargs.balancing.SoftAdapt())."
+            "balance() was given no terms. Give a list of losses: balance([mse(), kl()], rule)."
         )
+    if not isinstance(rule, keras.Layer):
+        raise ArgumentError(
+            f"The rule of balance() is {format_value(rule)}, not a layer. Write "
+            "balance(terms, lossargs.balancing.SoftAdapt())."
+        )
+    for term in bound:
+        if term.reduction in (None, "none"):
+            raise ArgumentError(
+                f"The term {term.name!r} of balance() has one number per sample, and a rule needs "
+                "one per term. Reduce it: factory.options(reduction='sum_over_batch_size')(...)."
+            )
     rule(keras.KerasTensor((len(bound),)))  # builds it
-    args = {"terms": bound, "rule": rule}
-    return BoundLoss.of(BALANCE, args, name=name, reduction="sum_over_batch_size", dtype=None)
+    args, dtype = {"terms": bound, "rule": rule}, widest_dtype(bound)
+    return BoundLoss.of(BALANCE, args, name=name, reduction="sum_over_batch_size", dtype=dtype)

@@ -14,6 +14,7 @@ from lossargs._keras import (
     in_stateless_scope,
     in_symbolic_scope,
     is_compiled_by_torch,
+    is_random_state,
     scale_loss_for_distribution,
     squeeze_or_expand_to_same_rank,
     torch_processes,
@@ -48,7 +49,7 @@ class Call(keras.losses.Loss):
         self.weight = weight
         self.extra = extra or {}
         self.reduction = reduction
-        # Inner losses may be evaluated in a branch of the function that others cannot see.
+        # Inner losses are not: they may run inside `cond`, and their tensors are invalid outside.
         self.is_shared = False
 
     @classmethod
@@ -86,8 +87,8 @@ class Call(keras.losses.Loss):
         """Return the loss of a batch, and check which variables the function reads and assigns."""
         values = self.inputs.values
         state = [v for one in values if self.loss in one.losses() for v in one.state()]
-        if is_compiled_by_torch() and not all(v.trainable for v in state):  # pragma: no cover
-            # The backward pass would read what the loss assigns. Coverage cannot see such traces.
+        if is_compiled_by_torch() and any(is_random_state(v) for v in state):  # pragma: no cover
+            # Keras does not let PyTorch compile random numbers, nor the functions around them.
             return uncompiled(self._evaluate)(y_true, y_pred, state)
         return self._evaluate(y_true, y_pred, state)
 
@@ -121,16 +122,13 @@ class Call(keras.losses.Loss):
     # Arguments.
 
     def _resolve_args(self) -> dict[str, Any]:
-        """Return all arguments by name: of the call, live, of the batch, bound, in this order."""
+        """Return all arguments by name. Precedence: call, live, batch, bound."""
         loss, function = self.loss, self.loss.loss_function
         takers = (loss, *loss.all_terms())
         for name in self.extra:
             if not any(one.takes(name) for one in takers):
                 known = list(dict.fromkeys(known for one in takers for known in one.parameters))
-                raise ArgumentError(
-                    f"{loss.title} was called with {name!r}, which {loss.title} does not take. "
-                    f"{taken(name, known)}"
-                )
+                raise ArgumentError(f"{loss.title} has no argument {name!r}. {taken(name, known)}")
         args = dict(loss.bound_args)
         args |= {name: value for name, value in self.inputs.batch.items() if loss.takes(name)}
         values = [one for one in self.inputs.values if loss in one.losses()]
@@ -214,16 +212,20 @@ class Call(keras.losses.Loss):
         for term in sorted(dict.fromkeys(terms), key=lambda term: len(term.inner_losses)):
             takers = (term, *term.all_terms())
             extra = {n: v for n, v in self.extra.items() if any(one.takes(n) for one in takers)}
-            call = Call(term, self.inputs, weight=self.weight, extra=extra)
-            call = Call.reduced(term, self.inputs, extra) if is_reduced else call
+            if is_reduced:
+                call = Call.reduced(term, self.inputs, extra)
+            else:
+                call = Call(term, self.inputs, weight=self.weight, extra=extra)
             value = call.evaluate(y_true, y_pred)
             value = unscale_loss_for_distribution(value) if is_reduced else value
             values[term] = keras.ops.cast(value, self.dtype)
         given = self._tensors({name: v for name, v in self._args.items() if name != "terms"})
         training = any(one.training for one in self.inputs.values)
         value = self.loss.loss_function.fn([values[term] for term in terms], training, **given)
-        if isinstance(value, tuple):
-            value, self.inputs.term_weights[self.loss] = value
+        if isinstance(value, (tuple, list)):
+            value, weights = value
+            if self.is_shared:
+                self.inputs.term_weights[self.loss] = weights
         value = keras.ops.cast(value, self.dtype)
         return scale_loss_for_distribution(value) if is_reduced else value
 
@@ -298,7 +300,7 @@ class Call(keras.losses.Loss):
 
 
 def build(call: Call, y_true: Any, y_pred: Any) -> Any:
-    """Check a model before its first step, in which Keras computes the loss of stand-ins."""
+    """Check the model in Keras's symbolic build, and return the loss of its placeholders."""
     if call.model is not None and torch_processes() > 1:
         raise LossArgsError(
             f"torch.distributed runs {torch_processes()} processes. In each of them, Keras's fit() "

@@ -16,7 +16,8 @@ def check_reads(
     loss: Any, model: Any, scope: ReadScope, is_frozen: bool, cause: Exception | None = None
 ) -> None:
     """Raise if the function of a loss read a variable that the model does not hold."""
-    name = loss.title
+    name, function = loss.title, loss.loss_function
+    code = "f" if function.is_internal else function.name
     held = {id(variable) for variable in (*model.variables, *model.metrics_variables)}
     if is_frozen and held & scope.variables.keys():
         raise ArgumentError(
@@ -29,7 +30,7 @@ def check_reads(
             raise ArgumentError(
                 f"{name} reads the variable {variable.path!r} of shape {tuple(variable.shape)}, "
                 "which the model does not hold: no backend would train or save it. Pass it, or its "
-                f"layer or generator, as an argument: def {name}(y_true, y_pred, *, layer): ..."
+                f"layer or generator, as an argument: def {code}(y_true, y_pred, *, layer): ..."
             ) from cause
 
 
@@ -52,7 +53,7 @@ def check_updates(loss: Any, step: Step | None, scope: ReadScope, lost: Collecti
 
 
 def check_result(loss: Any, values: Any) -> None:
-    """Raise unless the function of a loss returned a tensor of this step."""
+    """Raise if the function of a loss returned a symbolic tensor or a function."""
     if isinstance(values, keras.KerasTensor):
         raise _symbolic_tensor_outside(loss)
     if callable(values) and not keras.ops.is_tensor(values):
@@ -88,7 +89,7 @@ def explain(error: Exception, loss: Any, given: Mapping[str, Any], batch: Collec
 
     Those of `batch` have one entry for each sample.
     """
-    # These name the argument themselves. A term has told about itself.
+    # Our errors already name the argument, and terms add their own note.
     if isinstance(error, LossArgsError) or loss.terms:
         return
     if "KerasTensor" in str(error):
@@ -102,7 +103,7 @@ def explain(error: Exception, loss: Any, given: Mapping[str, Any], batch: Collec
             size = shape_of(value)[:1]
             is_known = size and samples and None not in (*size, *samples)
             if argument in batch and is_known and size != samples:
-                part += f", which are {size[0]} for the {samples[0]} of y_pred"
+                part += f" has batch size {size[0]}, y_pred has {samples[0]}"
         parts.append(part)
-    note = f"It was raised in the loss {loss.title}, called with {'; '.join(parts)}."
+    note = f"While computing the loss {loss.title} with {'; '.join(parts)}."
     error.add_note(f"{note} {describe_lists(given)}".rstrip())

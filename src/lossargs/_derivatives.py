@@ -17,6 +17,7 @@ from lossargs._keras import (
     ancestor_calls,
     ancestors,
     get_keras_mask,
+    has_producer,
     in_sharing_scope,
     in_symbolic_scope,
     output_specs,
@@ -31,12 +32,12 @@ _CONFIG = "The config of a Derivatives layer"
 def grad(y: keras.KerasTensor, x: keras.KerasTensor) -> keras.KerasTensor:
     """Return the gradient of a symbolic tensor with respect to another, as a symbolic tensor.
 
-    Pass the result to a loss, to another `grad`, or use it as an output of the model. It shares the
-    layers of `y`. Their state changes as with the output `y`.
+    Pass the result to a loss, to another `grad`, or use it as an output of the model. The gradient
+    uses the layers of `y`. Their state updates once, as for the output `y`.
 
     Args:
-        y: The tensor to differentiate, floating-point, of any shape. It is summed over all axes but
-            the batch. For one component, pass `y[:, :1]`.
+        y: The tensor to differentiate, floating-point, of any shape. The gradient is that of its
+            sum. For one component, pass `y[:, :1]`.
         x: A `keras.Input`, or a tensor between an input and `y`, floating-point. Other tensors
             that `y` depends on are constant.
 
@@ -70,13 +71,14 @@ def grad(y: keras.KerasTensor, x: keras.KerasTensor) -> keras.KerasTensor:
 def derivatives(*wanted: Any) -> list[keras.KerasTensor]:
     """Return several derivatives from one evaluation of the layers that they share.
 
-    Each call of `grad` evaluates the layers again. Compilers merge only a part of that, and eager
-    PyTorch nothing. If layers are random, only derivatives of one call have the same draw.
+    Each call of `grad` evaluates the layers again. Compilers remove only a part of the repeated
+    work. Eager PyTorch removes none. If layers draw random numbers, e.g. Dropout, only the
+    derivatives of one call share the draw.
 
     Args:
-        *wanted: Tuples `(y, x1, x2, ...)`. `(y, x)` is the gradient of `y` along `x`, and
-            `(y, x, t)` is the gradient of that along `t`. A tensor `y` alone is returned with the
-            same draw. All tensors are as for `grad`.
+        *wanted: Tuples `(y, x1, x2, ...)`. `(y, x)` is the gradient of `y` with respect to `x`, and
+            `(y, x, t)` is the gradient of that with respect to `t`. A tensor `y` alone is returned
+            with the same draw. All tensors are as for `grad`.
 
     Returns:
         A symbolic tensor for each.
@@ -95,15 +97,15 @@ def derivatives(*wanted: Any) -> list[keras.KerasTensor]:
     """
     paths = [one if isinstance(one, tuple) else (one,) for one in wanted]
     for tensor in (tensor for path in paths for tensor in path or [None]):
-        if not isinstance(tensor, keras.KerasTensor):
+        if not isinstance(tensor, keras.KerasTensor) or not has_producer(tensor):
             raise ArgumentError(
                 f"Cannot differentiate {tensor!r}. grad(y, x) takes symbolic tensors: a "
                 "keras.Input, and the outputs of layers; derivatives() takes tuples (y, x, ...)."
             )
     if not has_derivatives():
         raise DerivativeError(
-            f"Keras's backend {keras.backend.backend()!r} cannot differentiate. Set KERAS_BACKEND "
-            "to 'tensorflow', 'jax' or 'torch'."
+            f"Keras's backend {keras.backend.backend()!r} cannot differentiate. Write "
+            "os.environ['KERAS_BACKEND'] = 'jax', 'tensorflow' or 'torch' before import keras."
         )
     _check(paths)
     return _differentiate(paths) if any(path[1:] for path in paths) else [y for (y,) in paths]
@@ -118,15 +120,15 @@ def _check(paths: list[tuple[Any, ...]]) -> None:
         if not keras.backend.is_float_dtype(tensor.dtype):
             raise DerivativeError(
                 f"{format_value(tensor)} is {tensor.dtype}, and derivatives are floating-point. "
-                "Write keras.Input(shape, dtype='float32'), or differentiate along the output of a "
-                "layer such as Embedding."
+                "Write keras.Input(shape, dtype='float32') or keras.ops.cast(y, 'float32'), or "
+                "differentiate with respect to the output of a layer such as Embedding."
             )
     xs = _distinct(x for path in paths for x in path[1:])
     for x, other in itertools.permutations(xs, 2):
         if _depends(x, other):
             raise DerivativeError(
                 f"{format_value(x)} is computed from {format_value(other)}, and derivatives() "
-                "needs independent variables. Take them one after another, by grad()."
+                f"needs independent variables. Write grad(y, x) for each."
             )
     for y, x in ((y, x) for y, *along in paths for x in along):
         if not _depends(y, x):
@@ -217,7 +219,7 @@ class Derivatives(LayerOfOthers):
         self.supports_masking = True
         operations = _distinct(operation for operation, _, _ in calls)
         if not all(isinstance(one, keras.Operation) for one in operations):
-            raise TypeError("one of its operations is no layer")
+            raise TypeError("'calls' has an object that is not a keras.Operation")
         inner: list[Any] = [one for one in operations if isinstance(one, Derivatives)]
         self.order: int = max(map(len, paths)) - 1 + max((one.order for one in inner), default=0)
         # For Keras to find the layers.
@@ -306,9 +308,8 @@ class Derivatives(LayerOfOthers):
         config = dict(config)
         if not config.pop("shared", True):
             raise SavingError(
-                "A model with derivatives cannot be made again from its config alone, as "
-                "clone_model does: its layers would not be shared. Save and load it, or use "
-                "copy.deepcopy(model)."
+                "Cannot clone a model with derivatives: the copy would not share its layers. Write "
+                "copy.deepcopy(model), or save and load the model."
             )
         with reading(_CONFIG):
             program = {name: config[name] for name in ("calls", "paths")}

@@ -1,4 +1,4 @@
-"""The errors. None is a ValueError, which Keras would wrap in one of its own."""
+"""Exceptions of lossargs. They are not a ValueError, which Keras wraps in its own error."""
 
 import difflib
 from collections.abc import Collection, Iterable
@@ -22,7 +22,7 @@ class LossArgsError(Exception):
 
 
 class ArgumentError(LossArgsError, TypeError):
-    """A function or an argument is of a kind that cannot work; or an argument is missing."""
+    """A function or an argument is invalid, unknown or missing."""
 
 
 class AttachError(LossArgsError):
@@ -30,7 +30,7 @@ class AttachError(LossArgsError):
 
 
 class BatchError(LossArgsError):
-    """A batch entry is unknown, has a wrong shape, or would weight a metric."""
+    """A batch entry or a sample weight is unknown or invalid, or would weight a metric."""
 
 
 class SavingError(LossArgsError):

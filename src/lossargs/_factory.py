@@ -25,7 +25,7 @@ class _AllOptions(Options, total=False):
 
 
 class Factory(Generic[P]):
-    """A factory, which binds the extra arguments of a function, `__wrapped__`."""
+    """Base class of factories. Calling a factory binds the extra arguments of its function."""
 
     def __init__(self, function: Any, **options: Any) -> None:
         wrapper: Any = self
@@ -68,8 +68,8 @@ class LossFactory(Factory[P]):
             dtype = keras.dtype_policies.get(dtype).compute_dtype
         super().__init__(function, name=name, reduction=reduction, dtype=dtype)
 
-    # The first form is what editors show. The second lets any argument be left to the batch, and
-    # be a value that represents the annotated one.
+    # Editors show the first form. The second one allows missing arguments, and live values in
+    # place of the annotated types.
     @overload
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> BoundLoss: ...
     @overload
@@ -77,18 +77,35 @@ class LossFactory(Factory[P]):
     def __call__(self, /, *args: Any, **kwargs: Any) -> BoundLoss:
         """Return a loss with these extra arguments.
 
-        Arguments left out come with the batch, or keep their defaults.
+        Args:
+            *args: Extra arguments in the order of the function.
+            **kwargs: Extra arguments by name: constants, live arguments or other bound losses.
+
+        Returns:
+            The bound loss. It reads missing arguments from the batch, or uses their defaults.
 
         Raises:
             ArgumentError: An argument is unknown, given twice, or cannot be bound.
+
+        Examples:
+            >>> import keras
+            >>> from lossargs import with_args
+            >>> with_args(keras.losses.huber)(delta=2.0)
+            huber(delta=2.0)
         """
         return BoundLoss.of(self.function, self.function.bind(args, kwargs), **self._options)
 
     def options(self, **changes: Unpack[Options]) -> "LossFactory[P]":
-        """Return the factory with other options for the losses it makes.
+        """Return a factory of the same function with other options.
 
         Args:
             **changes: `name`, `reduction` or `dtype`, as for `with_args`.
+
+        Returns:
+            The new factory. This one stays unchanged.
+
+        Raises:
+            ValueError: Keras does not know the reduction or the dtype.
 
         Examples:
             >>> import keras
@@ -134,24 +151,27 @@ def with_args(
     """Return a factory of Keras losses for a function with extra arguments.
 
     Args:
-        fn: A function `fn(y_true, y_pred, ...)`. Keras passes two tensors by position. Further
-            parameters have names. Defaults and `**extra` are allowed. The function returns one
-            number for each sample, shape `(batch_size, ...)`, or a scalar.
+        fn: A function `fn(y_true, y_pred, ...)`. Keras passes the targets and the predictions by
+            position, as tensors of shape `(batch_size, d0, .. dN)`. All other parameters are
+            passed by name. Defaults and `**extra` are allowed. The function returns losses of
+            shape `(batch_size, d0, .. dN-1)`, or a scalar.
         name: The name of the losses in logs. The default is the name of the function.
         reduction: How Keras reduces the losses of the samples: `"sum_over_batch_size"`, `"sum"`,
             `"mean"`, `"mean_with_sample_weight"`, `"none"` or `None`.
-        dtype: The dtype of the computation. The default is `keras.config.floatx()`.
-        package: Files store the function by its qualified name in this package. The default is
-            the module. A package keeps files loadable if the function moves to another module.
+        dtype: The name of the dtype of the computation, or a `keras.DTypePolicy`. The default is
+            `keras.config.floatx()`.
+        package: The prefix of the saved name of the function. The default is the name of its
+            module. Set it so that files load after the function moves to another module.
 
     Returns:
-        The factory. Calling it with extra arguments returns a loss. Arguments left out come with
-        each batch, in a dict as the third element of the data, or keep their defaults. Without
-        `fn`, a decorator.
+        The factory. Calling it with extra arguments returns a loss. The loss reads missing
+        arguments from each batch, from a dict as the third element of the data, or uses their
+        defaults. Without `fn`, `with_args` returns a decorator.
 
     Raises:
-        ArgumentError: The function does not take two tensors and named extra arguments. Or another
-            function has the same saved name.
+        ArgumentError: The signature is not `fn(y_true, y_pred, ...)`. Or another function has the
+            same saved name.
+        ValueError: Keras does not know the reduction or the dtype.
 
     Examples:
         >>> import keras

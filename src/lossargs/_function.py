@@ -14,7 +14,7 @@ import keras
 from lossargs._errors import ArgumentError, SavingError, listed, nearest, taken
 from lossargs._keras import get_object_name
 from lossargs._serialization import NOT_LOSSES, checked, decode, encode
-from lossargs._values import bind_value
+from lossargs._values import bind_value, format_value, map_leaves
 
 _registry: "dict[tuple[type, str], Function]" = {}
 
@@ -48,7 +48,7 @@ class Function:
         self._named = {p.name: p for p in parameters[count:] if p.kind is not p.VAR_KEYWORD}
         self.takes_any_name = len(self._named) < len(parameters) - count
 
-        self._layers = _layers(fn)
+        self._unwrapped = _unwrapped(fn)
         self.package = package
         # Where another process imports it from.
         self.module, qualname, file = self._home()
@@ -61,7 +61,7 @@ class Function:
     def of(cls, fn: Callable[..., Any], package: str | None = None) -> Self:
         """Return the inspected function, and register it for loading."""
         new = cls(fn, package)
-        if not isinstance(new._layers[-1], types.FunctionType):
+        if not isinstance(new._unwrapped[-1], types.FunctionType):
             return new  # cannot be saved
         old: Any = _registry.setdefault((cls, new.key), new)
         if old.fn is fn:
@@ -91,7 +91,7 @@ class Function:
             f"The saved {cls.kind} uses the function {key!r}, which this process does not know. "
             f"Before loading, import the module that gives it to {cls.decorator} ({module!r} "
             f"defined it). If it moved, load with custom_objects={{{key!r}: ...}}."
-            f"{nearest(key, [known for _, known in _registry])}"
+            f"{nearest(key, [known for kind, known in _registry if kind is cls])}"
         )
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,8 +99,7 @@ class Function:
         for name in kwargs:
             if not self.takes(name):
                 raise ArgumentError(
-                    f"{self.name}() was given {name!r}, which {self.name} does not take. "
-                    f"{taken(name, self._named)}"
+                    f"{self.name} has no argument {name!r}. {taken(name, self._named)}"
                 )
         try:
             bound = self.signature.bind_partial(*args, **kwargs).arguments
@@ -113,12 +112,16 @@ class Function:
         for extra in bound.keys() - self._named.keys():  # the dict of `**extra`
             bound |= bound.pop(extra)
         for name, value in bound.items():
-            if function := function_of(value):
-                raise ArgumentError(
-                    f"{name!r} of {self.name}() is the factory {function.name}, not a "
-                    f"{function.kind}. Call it: {name}={function.name}(...)."
-                )
+            refuse = functools.partial(self._refuse_factory, name)
+            map_leaves(value, refuse, f"{name!r} of {self.name}()")
         return bound
+
+    def _refuse_factory(self, name: str, value: Any) -> None:
+        if function := function_of(value):
+            raise ArgumentError(
+                f"{name!r} of {self.name}() holds the factory {function.name}, not a "
+                f"{function.kind}. Call it: {function.name}(...)."
+            )
 
     def bind_values(self, args: Mapping[str, Any]) -> dict[str, Any]:
         """Return copies of arguments for an object to hold, in the order of the function.
@@ -165,21 +168,21 @@ class Function:
 
     def refuse_saving(self) -> None:
         """Raise if a saved loss could not find this function when it is loaded."""
-        captured = [] if self._is_at_its_place() else _captured(self._layers)
+        captured = [] if self._is_at_its_place() else _captured(self._unwrapped)
         problem = None
-        if not isinstance(self._layers[-1], types.FunctionType):
-            problem = f"is a {type(self._layers[-1]).__name__}, not a function"
+        if not isinstance(self._unwrapped[-1], types.FunctionType):
+            problem = f"is a {type(self._unwrapped[-1]).__name__}, not a function"
         elif self.key.endswith("<lambda>"):
             problem = "is a lambda"
         elif captured:
             problem = f"captures {listed(captured)} from the function around it"
         if problem:
             raise SavingError(
-                f"{self.name} {problem}. Files hold the name of a function, and nothing that it "
-                f"holds. Write it at the top of a module: {self._definition(*captured)}."
+                f"{self.name} {problem}. Saved files contain only the name of a function. Write it "
+                f"at the top of a module: {self._definition(*captured)}."
             )
         registered = _registry[type(self), self.key]
-        if [*map(_source, self._layers)] != [*map(_source, registered._layers)]:
+        if [*map(_source, self._unwrapped)] != [*map(_source, registered._unwrapped)]:
             raise SavingError(
                 f"{self.name} was defined again, with other code, after this {self.kind} was "
                 f"bound: {self.key!r} is the new function. Bind and compile with that one, or "
@@ -222,21 +225,21 @@ class Function:
                 raise TypeError(f"{self.name}{signature} cannot be called as {call}")
             for extra in parameters[count:]:
                 if extra.kind in (extra.POSITIONAL_ONLY, extra.VAR_POSITIONAL):
-                    raise TypeError(f"its parameter {extra.name!r} has to have a name in a call")
+                    raise TypeError(f"its parameter {extra.name!r} cannot be passed by name")
                 if extra.name in self.reserved:
-                    raise TypeError(f"{extra.name!r} is a name of Keras")
+                    raise TypeError(f"{extra.name!r} is reserved for an argument of Keras")
         except (TypeError, ValueError) as error:
+            of_keras = ", or take a function of Keras: keras.losses.huber" if self.library else ""
             raise ArgumentError(
                 f"{self.decorator}() cannot use {self.fn!r}: {error}. Write "
-                f"{self._definition('extra')}, or take a function of Keras: keras.losses.huber. A "
-                "decorator needs functools.wraps."
+                f"{self._definition('extra')}{of_keras}. A decorator needs functools.wraps."
             ) from error
         return signature
 
     def _home(self) -> tuple[str, str, str | None]:
         """Return the module and qualified name for another process, and the file."""
         qualname = getattr(self.fn, "__qualname__", type(self.fn).__qualname__)
-        names = getattr(self._layers[-1], "__globals__", {})
+        names = getattr(self._unwrapped[-1], "__globals__", {})
         module, file, spec = self.fn.__module__, names.get("__file__"), names.get("__spec__")
         if getattr(self.library, qualname, None) is self.fn:
             module = self.library.__name__  # its public module
@@ -272,23 +275,23 @@ def _unpickled(cls: type[Function], place: str, package: str | None) -> Function
     return cls.of(_function_at(place), package)
 
 
-def _layers(fn: Any) -> list[Any]:
+def _unwrapped(fn: Any) -> list[Any]:
     """Return the function, and the ones that its decorators hold."""
-    layers = [fn]
-    while hasattr(layers[-1], "__wrapped__") and not isinstance(layers[-1], functools.partial):
-        layers.append(layers[-1].__wrapped__)
-    return layers
+    found = [fn]
+    while hasattr(found[-1], "__wrapped__") and not isinstance(found[-1], functools.partial):
+        found.append(found[-1].__wrapped__)
+    return found
 
 
-def _captured(layers: list[Any]) -> list[str]:
+def _captured(functions: list[Any]) -> list[str]:
     """Return the names of the variables that functions take from the functions around them."""
-    functions = [layer for layer in layers if isinstance(layer, types.FunctionType)]
-    # A decorator holds the function below it, which is a layer of its own.
+    # A decorator holds the function below it, which is in the list itself.
     return [
         name
         for fn in functions
+        if isinstance(fn, types.FunctionType)
         for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
-        if all(_content(cell) is not layer for layer in layers)
+        if all(_content(cell) is not function for function in functions)
     ]
 
 
@@ -302,7 +305,8 @@ def _source(fn: Any) -> Any:
     """Return the code of a function without line numbers, and its defaults."""
     if not isinstance(fn, types.FunctionType):
         return type(fn)
-    return _without_lines(fn.__code__), repr((fn.__defaults__, fn.__kwdefaults__))
+    defaults = fn.__defaults__, fn.__kwdefaults__
+    return _without_lines(fn.__code__), format_value(defaults)  # without addresses of objects
 
 
 def _without_lines(code: types.CodeType) -> types.CodeType:

@@ -102,7 +102,7 @@ def _refuse_metrics(loss: Any) -> None:
 def _check_batch(batch: Mapping[str, Any], loss: Any) -> None:
     """Raise for an entry that no function takes, or that no tensor can be made of."""
     losses, name = (loss, *loss.inner_losses), loss.title
-    for key, value in batch.items():
+    for key in batch:
         if not any(one.takes(key) for one in losses):
             known = list(dict.fromkeys(known for one in losses for known in one.parameters))
             raise BatchError(
@@ -110,6 +110,7 @@ def _check_batch(batch: Mapping[str, Any], loss: Any) -> None:
                 f"not take. {taken(key, known)} Leave it out. If several losses read one batch, "
                 "add **extra to the parameters."
             )
+    for key, value in batch.items():
         if value is None:
             raise BatchError(
                 f"The batch entry {key!r} for {name} is None. Leave it out to use the bound or "

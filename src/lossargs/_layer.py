@@ -16,6 +16,7 @@ from lossargs._keras import (
     Step,
     allow_any_arguments,
     called_for_training,
+    define_copy_for_torch,
     flat_layers,
     follow_in_epochs,
     give_variables_back,
@@ -29,7 +30,7 @@ from lossargs._keras import (
     variables_can_be_assigned,
 )
 from lossargs._live import Adapter, StepValues, Untracked, set_step_values
-from lossargs._logs import LiveArg, settle_names
+from lossargs._logs import LiveArg, LogItem, settle_names
 from lossargs._loss import BoundLoss
 from lossargs._serialization import checked, load_object, reading
 
@@ -48,7 +49,7 @@ class LossArgs(keras.Layer):
 
     Args:
         loss: The bound loss that you also give to `compile`.
-        track: Further bound losses, logged under their names.
+        track: A further bound loss, or several, logged under their names.
         **kwargs: Arguments of `keras.layers.Layer`, e.g. `name`.
 
     Raises:
@@ -76,7 +77,9 @@ class LossArgs(keras.Layer):
         >>> model.compile("adam", loss=loss)
     """
 
-    def __init__(self, loss: BoundLoss, *, track: Iterable[BoundLoss] = (), **kwargs: Any) -> None:
+    def __init__(
+        self, loss: BoundLoss, *, track: BoundLoss | Iterable[BoundLoss] = (), **kwargs: Any
+    ) -> None:
         kept: Mapping[Any, Adapter] = kwargs.pop("kept", {})  # of a layer that this one replaces
         # The names of the inputs that `attach` added; `None` if it was given tensors.
         new_inputs: Iterable[str] | None = kwargs.pop("new_inputs", None)
@@ -84,11 +87,14 @@ class LossArgs(keras.Layer):
         super().__init__(**{**kwargs, "dtype": keras.config.floatx(), "autocast": False})
         self.supports_masking = True
         allow_any_arguments(self)
+        define_copy_for_torch()
         self.built = True
-        self._args = collect(loss, tuple(track), kept)
+        track = (track,) if isinstance(track, BoundLoss) else tuple(track)
+        self._args = collect(loss, track, kept)
         # For Keras to find them.
         self.adapters = list(dict.fromkeys(self._args.adapters.values()))
-        self.logged = self._args.all_metrics()
+        # Untracked, so that the weights of a model do not depend on its logs.
+        self._logs = Untracked(self._args.logs())
         self.loss = loss
         self._reference = weakref.ref(self)
         self._given: set[str] = set()  # names of arguments in calls of this layer
@@ -103,7 +109,8 @@ class LossArgs(keras.Layer):
     @property
     def metrics(self) -> list[Any]:
         """The metrics of this layer. A model asks the layers within it too."""
-        return list(self.logged)
+        logs = self._logs.value
+        return [logs] if logs.losses or logs.values else []
 
     # No properties: Keras looks for weights in the values of all properties.
     def get_losses(self) -> Mapping[BoundLoss, Any]:
@@ -119,9 +126,9 @@ class LossArgs(keras.Layer):
         """The losses that are evaluated only for the logs."""
         return self._args.track
 
-    def get_metrics(self) -> list[tuple[BoundLoss, Any, str]]:
-        """Return the metrics of losses and computed weights, with the loss and a name of each."""
-        return self._args.named_metrics()
+    def get_log_items(self) -> list[tuple[BoundLoss, LogItem, str]]:
+        """Return the items in the logs of losses and computed weights, with loss and label."""
+        return self._args.items()
 
     def adapters_by_key(self) -> dict[Any, Adapter]:
         """Return the adapters by the keys of their values."""
@@ -147,8 +154,9 @@ class LossArgs(keras.Layer):
             y_pred: The predictions, one tensor.
             tensors: The values of symbolic tensors among the arguments. `attach` gives them.
             given: `named` in one dict. Saved graphs give it.
-            training: Whether this is a training step. Keras gives it, unless a loss has an
-                argument of that name.
+            training: The value of an argument of that name, if a loss has one. Otherwise ignored:
+                the step, or the `training` of the call around this one, tells whether the model is
+                trained.
             **named: Tensors for arguments of the losses, by name.
 
         Returns:
@@ -251,16 +259,12 @@ class LossArgs(keras.Layer):
         if step is None or not variables_can_be_assigned():
             return
         by_adapter = values.by_adapter()
-        for live_value, adapter in self._args.logged:
-            live_value.update_state(by_adapter[adapter])
+        scalars = [by_adapter[adapter] for adapter, _ in self._args.scalars]
+        scalars += [weights[loss] for loss, _ in self._args.weights]
+        tracked = [unscale_loss_for_distribution(losses[loss]) for loss, _ in self._args.tracked]
         # Weighted by batch size, as Keras does its own.
         shape: Any = keras.ops.shape(y_pred)
-        size = shape[0] if len(y_pred.shape) else None
-        for loss, metric in self._args.tracked:
-            value = keras.ops.stop_gradient(unscale_loss_for_distribution(losses[loss]))
-            metric.update_state(keras.ops.mean(value), sample_weight=size)
-        for loss, place, metric in self._args.weights:
-            metric.update_state(weights[loss][place])
+        self._logs.value.update_state(tracked, scalars, shape[0] if len(y_pred.shape) else 1)
         if step.training and step.keeps_state:
             values.finish_step()
 

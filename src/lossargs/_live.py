@@ -94,6 +94,7 @@ class Adapter(keras.Layer):
         super().__init_subclass__(**kwargs)
         adapted = cls.__dict__.get("adapts")
         if adapted is not None:
+            _adapters.pop(adapted, None)  # the last definition counts, also in order
             _adapters[adapted] = cls
             live_types.append(adapted)
 
@@ -115,10 +116,14 @@ class Adapter(keras.Layer):
         return tensor
 
     def value(self, tensor: Any, training: bool) -> Any:
-        """Return the value for the loss. Called once per step, when the loss is evaluated.
+        """Return the value for the loss. Called once per step.
+
+        In `fit`, this is when the loss is evaluated, in your own loop in the forward pass. Assign
+        the state of the adapter here if `training`, or in `finish_step`.
 
         Args:
-            tensor: The values of the tensor that this adapter reads, or `None`.
+            tensor: The result of `read`: by default the values of the tensor that this adapter
+                reads, or `None`.
             training: Whether this is a training step, which may change the state.
 
         Returns:
@@ -133,7 +138,7 @@ class Adapter(keras.Layer):
     def of(cls, value: Any) -> "Adapter":
         """Return the adapter of a value of the type `adapts`."""
         adapter = cls._of_value.get(id(value))
-        if adapter is None or adapter.adapted.value is not value:
+        if type(adapter) is not cls or adapter.adapted.value is not value:
             adapter = cls._of_value[id(value)] = cls(value)
             adapter.adapted = Untracked(value)
         return adapter
@@ -153,9 +158,13 @@ class Adapter(keras.Layer):
         Raises:
             SavingError: The constructor has others, and the class does not define `get_config`.
         """
-        first = 1 if self.adapts is None else 2  # `self`, and the value that is adapted
-        parameters = list(inspect.signature(type(self).__init__).parameters.values())[first:]
-        own = [p.name for p in parameters if p.name != "tensor" and p.kind is not p.VAR_KEYWORD]
+        _, *parameters = inspect.signature(type(self).__init__).parameters.values()
+        if self.adapts is not None and parameters:
+            is_optional = parameters[0].default is not inspect.Parameter.empty
+            if is_optional or hasattr(self.adapted.value, "get_config"):
+                del parameters[0]  # the value that is adapted
+        free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        own = [p.name for p in parameters if p.name != "tensor" and p.kind not in free]
         if own and type(self).get_config is Adapter.get_config:
             raise SavingError(
                 f"{type(self).__name__} has no get_config, and would load without {listed(own)}. "

@@ -13,32 +13,64 @@ from lossargs._live import Adapter, layers_of
 from lossargs._loss import BoundLoss
 
 
-class LiveValue(keras.Metric):
-    """Logs the value of a live argument in the last step; NaN before the first."""
+@dataclasses.dataclass(eq=False)
+class LogItem:
+    """A number in the logs."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name=name)
+    name: str
+
+
+class Logs(keras.Metric):
+    """Logs the mean of each loss over the samples, and the last value of each other item.
+
+    All are NaN before the first step. One metric for all items makes one update per step.
+    """
+
+    def __init__(self, losses: Iterable[LogItem], values: Iterable[LogItem]) -> None:
+        super().__init__(name="lossargs")
+        self.losses, self.values = tuple(losses), tuple(values)
+        # Sums over the samples, and last the number of samples.
+        self.sums = self.add_variable((len(self.losses) + 1,), initializer="zeros", name="sums")
         # Processes of TensorFlow compare initial values, and NaN is not equal to itself.
         self.last = self.add_variable(
-            shape=(), initializer="zeros", name="last", aggregation="only_first_replica"
+            (len(self.values),), "zeros", name="last", aggregation="only_first_replica"
         )
         self.reset_state()
 
-    def update_state(self, value: Any) -> None:
-        self.last.assign(keras.ops.stop_gradient(value))
+    def update_state(self, losses: Sequence[Any], values: Sequence[Any], samples: Any) -> None:
+        """Add the losses of a step, and replace the values.
+
+        Args:
+            losses: For each loss, a scalar or one number per sample.
+            values: Scalars, or vectors of the weights of a balanced loss.
+            samples: The number of samples.
+        """
+        if losses:
+            means = [keras.ops.mean(one) if len(one.shape) else one for one in losses]
+            means = [keras.ops.cast(one, self.dtype) for one in means]
+            one = keras.ops.ones((), self.dtype)
+            added = keras.ops.stack([*means, one]) * keras.ops.cast(samples, self.dtype)
+            self.sums.assign_add(keras.ops.stop_gradient(added))
+        if values:
+            parts = [keras.ops.reshape(keras.ops.cast(one, self.dtype), (-1,)) for one in values]
+            last = keras.ops.concatenate(parts) if len(parts) > 1 else parts[0]
+            self.last.assign(keras.ops.stop_gradient(last))
 
     def reset_state(self) -> None:
-        self.last.assign(np.nan)
+        self.sums.assign(np.zeros(self.sums.shape))
+        self.last.assign(np.full(self.last.shape, np.nan))
 
-    def result(self) -> Any:
-        return self.last.value + 0  # on PyTorch, the value itself would change later
-
-
-class TrackedLoss(keras.metrics.Mean):
-    """Logs the mean of a loss over the samples; NaN before the first step."""
-
-    def result(self) -> Any:
-        return keras.ops.where(self.count > 0, super().result(), np.nan)
+    def result(self) -> dict[str, Any]:
+        """Return the numbers by name."""
+        results = {}
+        if self.losses:
+            sums = self.sums.value
+            means = keras.ops.where(sums[-1] > 0, sums / sums[-1], np.nan)
+            results = {item.name: means[i] for i, item in enumerate(self.losses)}
+        if self.values:
+            last = keras.ops.copy(self.last.value)  # PyTorch updates the variable in place
+            results |= {item.name: last[i] for i, item in enumerate(self.values)}
+        return results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +82,12 @@ class LiveArg:
     label: str  # of the argument, and the place of the value in it
     key: Any  # equal for arguments with one value
     adapter: Adapter
-    metric: LiveValue | None  # logs the value, if it is a scalar
+    item: LogItem | None  # in the logs, if it is a scalar
 
     @property
     def is_named(self) -> bool:
         """Whether the logs or `live_args` hold the value by its name."""
-        return self.metric is not None or self.adapter.variable is not None
+        return self.item is not None or self.adapter.variable is not None
 
 
 def check_names(names: Sequence[str], where: str) -> None:
@@ -63,8 +95,8 @@ def check_names(names: Sequence[str], where: str) -> None:
     for name in names:
         if names.count(name) > 1:
             raise AttachError(
-                f"{where}: {name!r} would name {names.count(name)} different things in the logs. "
-                "Name the losses: factory.options(name=...)(...)."
+                f"{where}: {names.count(name)} different values have the name {name!r} in the "
+                "logs. Name the losses: factory.options(name=...)(...)."
             )
 
 
@@ -85,10 +117,10 @@ def names_of(
         layers: The layers.
         others: Further names in the logs.
         outputs: The names of the outputs that some layers give, if there are several.
-        by_layer: Whether names of layers are prefixed.
+        by_layer: Whether names of layers may be used as prefixes.
 
     Returns:
-        Pairs of a name and a `LiveArg` or the metric of a loss.
+        Pairs of a name and a `LiveArg` or the item of a loss or weight.
 
     Raises:
         AttachError: Two would have one name.
@@ -113,22 +145,22 @@ def names_of(
                 names[id(one)] = f"{name}_{labels[id(one)]}"
     named = [(names[id(one)], one) for _, one in live]
     distinct = dict.fromkeys((name, one.key) for name, one in named)
-    metrics = [
-        (in_output(layer, loss, label), metric)
+    items = [
+        (in_output(layer, loss, label), item)
         for layer in layers
-        for loss, metric, label in layer.get_metrics()
+        for loss, item, label in layer.get_log_items()
     ]
-    used = [*others, *(name for name, _ in distinct), *(name for name, _ in metrics)]
+    used = [*others, *(name for name, _ in distinct), *(name for name, _ in items)]
     check_names(used, "Live arguments")
-    return [*named, *metrics]
+    return [*named, *items]
 
 
 def settle_names(model: keras.Model) -> None:
     """Name the logs of the losses of a model, such that no two have one name."""
     for name, one in names_of(layers_of(model), metric_names(model), output_names_of(model)):
-        metric = one.metric if isinstance(one, LiveArg) else one
-        if metric is not None:
-            metric.name = name
+        item = one.item if isinstance(one, LiveArg) else one
+        if item is not None:
+            item.name = name
 
 
 def output_names_of(model: Any) -> dict[Any, str]:

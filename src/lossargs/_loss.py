@@ -30,7 +30,7 @@ _interned_lock = threading.Lock()
 
 @keras.saving.register_keras_serializable(package="lossargs")
 class BoundLoss(Arithmetic, keras.losses.Loss):
-    """A Keras loss with bound extra arguments, made by calling a factory.
+    """A Keras loss with bound extra arguments, made by a factory, by arithmetic or by `balance`.
 
     A bound loss is immutable. Equal arguments and options of the same function return the same
     object. Sums of losses are bound losses too: `mse() + 0.5 * kl(z)`.
@@ -132,7 +132,7 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
 
     @property
     def terms(self) -> "tuple[BoundLoss, ...]":
-        """The losses whose values this loss combines; empty if it is no sum."""
+        """The losses that this sum or balanced loss combines; otherwise empty."""
         return self.bound_args.get("terms", ()) if self.loss_function.is_internal else ()
 
     def all_terms(self) -> "list[BoundLoss]":
@@ -185,7 +185,7 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
                 return build(Call.reduced(self, inputs, extra), y_true, y_pred)
             layers = [(one, one.layer()) for one in inputs.values]
             layers = [(one, layer) for one, layer in layers if layer and layer.loss is self]
-            # In an order that is that of all processes.
+            # In the same order in every process.
             logged = [loss for one, layer in layers for loss in layer.losses_to_log(one)]
             losses = dict.fromkeys([*logged, self])
             if len(losses) > 1 or self.inner_losses:
@@ -287,21 +287,24 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
 
     def _refuse_change(self, name: str) -> NoReturn:
         instead = ""
-        if name in self.get_options():
+        if self.loss_function.is_internal:
+            instead = " Write the loss again."
+        elif name in self.get_options():
             instead = f" Make another one, {self.loss_function.name}.options({name}=...)."
         elif self.loss_function.takes(name):
             instead = f" Make another one, loss.replace({name}=...)."
         raise AttributeError(
-            f"{self!r} cannot be changed ({name!r}): it may be in use elsewhere, as one object."
-            f"{instead}"
+            f"Cannot change {name!r} of {self!r}: bound losses are immutable.{instead}"
         )
 
     def __array__(self, *_: Any, **__: Any) -> NoReturn:
         """Refuse to be a number, which Keras and backends ask of unknown objects."""
+        function = self.loss_function
+        is_made = not function.is_internal
+        call = f" For compile, call the factory: loss={function.name}(...)." if is_made else ""
         raise ArgumentError(
-            f"{self!r} is a loss and no number. To weight a loss by a variable, write "
-            f"loss * variable. If {self.loss_function.name} itself is what compile(loss=...) was "
-            f"given, call it: loss={self.loss_function.name}(...)."
+            f"{self!r} is a loss, not a number. To weight a loss by a variable, write "
+            f"loss * variable.{call}"
         )
 
     __jax_array__ = __array__

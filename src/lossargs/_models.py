@@ -102,8 +102,8 @@ def functional_like(model: Any, inputs: Any, outputs: Any) -> Any:
         new = new_like(model, Functional, inputs, outputs)
     else:
         raise AttachError(
-            f"{described(model)} has an __init__ of its own, so that attach() and detach() cannot "
-            "make another one of it. Build it with the layer in it: "
+            f"attach() and detach() cannot rebuild {described(model)}, because its class defines "
+            "__init__. Add the layer there: "
             "super().__init__(inputs, attach(y_pred, loss)); or, in a model with a `call`, "
             "self.loss_args = LossArgs(loss)."
         )
@@ -114,8 +114,8 @@ def functional_like(model: Any, inputs: Any, outputs: Any) -> Any:
 def sequential_like(model: Any, layers: list[Any]) -> Any:
     if not keeps_constructor(model, keras.Sequential):
         raise AttachError(
-            f"{described(model)} has an __init__ of its own, so that attach() and detach() cannot "
-            "make another one of it. Add the layer yourself: model.add(LossArgs(loss))."
+            f"attach() and detach() cannot rebuild {described(model)}, because its class defines "
+            "__init__. Add the layer yourself: model.add(LossArgs(loss))."
         )
     new = new_like(model, keras.Sequential)
     if type(new) in (keras.Sequential, AttachedSequential):
@@ -145,4 +145,4 @@ def names_of_outputs(outputs: Any) -> list[str]:
 
 
 def described(model: Any) -> str:
-    return f"{model.name!r}, a {type(model).__name__}"
+    return f"{model.name!r} ({type(model).__name__})"

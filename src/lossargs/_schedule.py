@@ -50,15 +50,16 @@ class BoundSchedule(keras.optimizers.schedules.LearningRateSchedule):
     def _outside(self, what: str, parameter: str) -> ArgumentError:
         name = self.schedule_function.name
         return ArgumentError(
-            f"{name} {what}, and a schedule computes from the step and constants. Take both in the "
-            f"loss: def loss(y_true, y_pred, {name}, {parameter}): ..."
+            f"{name} {what}. A schedule reads only the step, constants and other schedules. Take "
+            f"both in the loss: def loss(y_true, y_pred, {name}, {parameter}): ..."
         )
 
     def __call__(self, step: Any) -> Any:
         """Return the value at a training step.
 
         Args:
-            step: The number of the step, an integer scalar.
+            step: The number of the step, a scalar. It is cast to float32, which is exact up to
+                16,777,216.
 
         Returns:
             A scalar tensor.
@@ -70,7 +71,8 @@ class BoundSchedule(keras.optimizers.schedules.LearningRateSchedule):
         args = {name: to_tensors(one, "float32", name) for name, one in self.bound_args.items()}
         with ReadScope() as scope:
             value: Any = keras.ops.convert_to_tensor(self.schedule_function.fn(step, **args))
-        for variable in scope.variables.values():
+        if scope.variables:
+            variable = next(iter(scope.variables.values()))
             raise self._outside(f"reads the variable {variable.path!r}", "variable")
         if tuple(value.shape) != ():
             raise ArgumentError(
@@ -127,6 +129,13 @@ class ScheduleFactory(Factory[P]):
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> BoundSchedule:
         """Return a schedule with these arguments.
 
+        Args:
+            *args: Arguments in the order of the function, after `step`.
+            **kwargs: Arguments by name: constants or other schedules.
+
+        Returns:
+            A `keras.optimizers.schedules.LearningRateSchedule`.
+
         Raises:
             ArgumentError: An argument is missing, unknown, given twice, or cannot be bound.
         """
@@ -150,18 +159,18 @@ def schedule(fn: Callable[..., Any] | None = None, /, *, package: str | None = N
 
     Args:
         fn: A function `fn(step, ...)`. `step` is a scalar tensor, float32. Further parameters have
-            names; defaults and `**extra` are allowed. It returns a scalar.
-        package: Saved schedules find the function by its qualified name in this package, by default
-            its module.
+            names. Defaults and `**extra` are allowed. The function returns a scalar.
+        package: The prefix of the saved name of the function. The default is the name of its
+            module.
 
     Returns:
-        The factory. Calling it with the further arguments, which are constants or other schedules,
-        returns a `keras.optimizers.schedules.LearningRateSchedule` for losses and optimizers.
-        Without `fn`, a decorator.
+        The factory. Calling it with the further arguments returns a
+        `keras.optimizers.schedules.LearningRateSchedule` for losses and optimizers. The arguments
+        are constants or other schedules. Without `fn`, `schedule` returns a decorator.
 
     Raises:
-        ArgumentError: The function cannot be called with a step and named arguments, or another
-            function has its saved name.
+        ArgumentError: The signature is not `fn(step, ...)`, or another function has the same saved
+            name.
 
     Examples:
         >>> import keras

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from lossargs._errors import ArgumentError
 from lossargs._function import LossFunction
+from lossargs._live import Adapter
 from lossargs._serialization import decode, encode, load_object
 from lossargs._values import bind_value, cache_key, format_value, is_live
 
@@ -114,7 +116,7 @@ def format_sum(args: Mapping[str, Any]) -> str:
     ]
     parts += [_format_term(factors, None) for factors in args["constants"]]
     first, *others = [f"- {part[1:]}" if part[0] == "-" else f"+ {part}" for part in parts]
-    first = first.removeprefix("+ ").replace("- ", "-", 1) if first[0] == "-" else first[2:]
+    first = first.replace("- ", "-", 1) if first[0] == "-" else first[2:]
     return " ".join([first, *others])
 
 
@@ -181,15 +183,19 @@ class Arithmetic:
         return _of(_scaled(self, divisor), type(self))
 
     def replace_in_terms(self: Any, changes: Mapping[str, Any]) -> Any:
-        """Return the sum with some arguments changed, in each term that takes them."""
+        """Return the loss with some arguments changed, in each term that takes them."""
+
+        def takers(name: str, terms: Any) -> list[Any]:
+            return [term for term in terms if term.takes(name) or takers(name, term.terms)]
+
         for name in changes:
-            if not any(term.takes(name) for term in self.terms):
+            if not takers(name, self.terms):
                 raise ArgumentError(
-                    f"No term of {self!r} takes {name!r}. Make the sum again for other terms or "
-                    "weights."
+                    f"No term of {self!r} takes {name!r}. For other terms or weights, write the "
+                    "loss again."
                 )
         terms = tuple(
-            term.replace(**{name: value for name, value in changes.items() if term.takes(name)})
+            term.replace(**{name: one for name, one in changes.items() if takers(name, [term])})
             for term in self.terms
         )
         return self.of(
@@ -235,8 +241,9 @@ def _weight(value: Any, operator: str) -> Any:
     number = _number(value)
     if number is not None:
         return number
+    objects = (keras.Layer, keras.random.SeedGenerator, keras.KerasTensor)
+    is_weight = is_live(value) and (not isinstance(value, objects) or isinstance(value, Adapter))
     shape = getattr(value, "shape", ())
-    is_weight = is_live(value) and not isinstance(value, keras.KerasTensor)
     if not is_weight or (shape is not None and tuple(shape) != ()):
         raise ArgumentError(
             f"Cannot compute loss {operator} {format_value(value)}. A weight is a number, a scalar "
@@ -263,9 +270,14 @@ def _of(parts: Parts, cls: Any) -> Any:
         "weights": tuple(factors for factors, _ in terms),
         "constants": tuple(factors for factors, loss in parts if loss is None),
     }
-    dtypes = (keras.config.floatx(), *(term.dtype for term in args["terms"]))
-    dtype = max(dtypes, key=lambda name: int(name[-2:]))  # e.g. "float32"
+    dtype = widest_dtype(args["terms"])
     return cls.of(SUM, args, name="sum", reduction="sum_over_batch_size", dtype=dtype)
+
+
+def widest_dtype(terms: Any) -> Any:
+    """Return the dtype with the most bits of the terms, at least that of Keras."""
+    dtypes = [keras.config.floatx(), *(term.dtype for term in terms)]
+    return max(dtypes, key=lambda name: int((re.findall(r"\d+", name) or ["1"])[0]))
 
 
 def bound_term(loss: Any, cls: Any) -> Any:

@@ -236,7 +236,7 @@ def cache_key(value: Any) -> Hashable:
         return cls, value
     if hasattr(cls, "cache_key"):
         return cls, value.cache_key()
-    # P(1) and P(True) are equal, and have other pickles.
+    # `P(1) == P(True)` for a dataclass P, but their pickles differ.
     return cls, _pickled(value) or id(value)
 
 

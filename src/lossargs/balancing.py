@@ -10,6 +10,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from lossargs._serialization import load_object, reading
+
 
 class _Rule(keras.layers.Layer):
     """A rule that computes in the precision of the values."""
@@ -104,9 +106,10 @@ class _Remembering(_Rule):
 class SoftAdapt(_Remembering):
     """Weight terms by their recent change.
 
-    `weights = softmax(beta * (values - last_values))`, where `last_values` are those of the step
-    before. All weights are equal in the first step. With a positive `beta`, a term that falls more
-    slowly than the others gets a larger weight. Evaluation uses the weights of the last step.
+    `loss = sum(weights * values)` with `weights = softmax(beta * (values - last_values))`. The
+    `last_values` are those of the step before. All weights are equal in the first step. With a
+    positive `beta`, a term that falls more slowly than the others gets a larger weight. No gradient
+    flows through the weights. Evaluation uses the weights of the last step.
 
     Args:
         beta: The sharpness of the softmax. The paper uses 0.1.
@@ -151,15 +154,17 @@ class ReLoBRaLo(_Remembering):
         relative(reference) = n * softmax(v / (temperature * reference + epsilon))
         history = rho * last_weights + (1 - rho) * relative(v_0)
         weights = alpha * history + (1 - alpha) * relative(v_last)
+        loss = sum(weights * v)
 
     In each step, `rho` is drawn: one with the probability `lookback`, else zero. All weights are
-    one in the first step. `epsilon` is `keras.config.epsilon()`. Evaluation uses the weights of the
-    last step.
+    one in the first step. `epsilon` is `keras.config.epsilon()`. No gradient flows through the
+    weights. Evaluation uses the weights of the last step.
 
     Args:
         alpha: How slowly weights change, between 0 and 1.
         temperature: The temperature of the softmax. A high one makes the weights equal.
-        lookback: The probability that `history` is the last weights, and not from the first step.
+        lookback: The probability that `history` is the last weights. Otherwise, it compares the
+            values with those of the first step.
         seed: An integer, or a `keras.random.SeedGenerator`, for the draws.
         **kwargs: Arguments of `keras.layers.Layer`.
 
@@ -231,5 +236,7 @@ class ReLoBRaLo(_Remembering):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "ReLoBRaLo":
         """Return the rule that a config describes."""
-        seed = keras.saving.deserialize_keras_object(config["seed"])
-        return cls(**{**config, "seed": seed})
+        with reading("A saved rule"):
+            seed = load_object(config["seed"], keras.random.SeedGenerator)
+            rule: ReLoBRaLo = super().from_config({**config, "seed": seed})
+            return rule

@@ -52,6 +52,11 @@ def copy_own_state(model: Any, new: Any, base: type) -> None:
         setattr(new, name, getattr(model, name))
 
 
+def has_producer(tensor: keras.KerasTensor) -> bool:
+    """Return whether a symbolic tensor is a `keras.Input` or the result of a layer or operation."""
+    return "_keras_history" in vars(tensor)
+
+
 def producer(tensor: keras.KerasTensor) -> tuple[Any, list[keras.KerasTensor]]:
     """Return the layer or operation that made a symbolic tensor, and its input tensors."""
     operation, node, _ = vars(tensor)["_keras_history"]

@@ -1,6 +1,8 @@
 """Scopes in which variables are read and assigned, and small private facts of layers."""
 
-from collections.abc import Collection, Iterable
+import functools
+import sys
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import keras
@@ -12,6 +14,38 @@ from keras.src.backend.common.stateless_scope import get_stateless_scope, in_sta
 def variables_can_be_assigned() -> bool:
     """Return whether a variable assigned here keeps its value, and no tracer."""
     return keras.backend.backend() != "jax" or bool(in_stateless_scope())
+
+
+def is_compiled_by_torch() -> bool:
+    """Return whether `torch.compile` traces this code."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.compiler.is_compiling())
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that `torch.compile` calls as it is."""
+    return sys.modules["torch"].compiler.disable(function)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def define_copy_for_torch() -> None:
+    """Define an operator that copies a tensor also under `torch.compile`, before the first trace.
+
+    The compiler removes other copies. The backward pass would then read what the loss assigned.
+    """
+    if keras.backend.backend() == "torch":
+        torch = sys.modules["torch"]
+        copy = torch.library.custom_op(
+            "lossargs::copy", torch.clone, mutates_args=(), schema="(Tensor tensor) -> Tensor"
+        )
+        copy.register_fake(torch.empty_like)
+
+
+def _copy(variable: keras.Variable) -> Any:
+    """Return a copy of the value of a variable."""
+    if is_compiled_by_torch() and not variable.trainable:  # pragma: no cover
+        return sys.modules["torch"].ops.lossargs.copy(variable._value)
+    return keras.ops.copy(variable._value)
 
 
 def _read_before_update(value: Any) -> Any:
@@ -34,9 +68,9 @@ class ReadScope(keras.StatelessScope):
 
     Args:
         values: Pairs of variables and values that they have in this scope.
-        copies: Whether values that are read stay as they are when the optimizer assigns their
-            variables. State stays in any case, which the loss assigns.
-        dropped: The `id`s of variables that are as before after the scope.
+        copies: Whether to copy all values that are read, so that a later update of the optimizer
+            does not change them. The state that a loss assigns is copied in any case.
+        dropped: The `id`s of variables whose updates are discarded.
     """
 
     def __init__(
@@ -65,7 +99,7 @@ class ReadScope(keras.StatelessScope):
                 read: Any = keras.ops.custom_gradient(_read_before_update)
                 value = read(keras.ops.convert_to_tensor(variable._value))
             elif self._copies_of(variable):
-                value = keras.ops.copy(variable._value)
+                value = _copy(variable)
         return value
 
     def _copies_of(self, variable: keras.Variable) -> bool:
@@ -129,6 +163,11 @@ class LayerOfOthers(keras.Layer):
 def allow_any_arguments(layer: keras.Layer) -> None:
     """Let a layer be called with positional arguments that are not tensors, e.g. lists."""
     layer._allow_non_tensor_positional_args = True
+
+
+def is_random_state(variable: keras.Variable) -> bool:
+    """Return whether a variable is the state of a `keras.random.SeedGenerator`."""
+    return bool(variable.name == "seed_generator_state")
 
 
 def is_autocast(variable: keras.Variable) -> bool:

@@ -16,6 +16,8 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from keras.src.models.functional import Functional
 from keras.src.utils.naming import get_object_name
 
+from lossargs._keras.scopes import is_compiled_by_torch
+
 # Keras does not tell a loss or a layer which model calls it. The call stack does.
 
 
@@ -104,21 +106,10 @@ def called_for_training(layer: keras.Layer) -> bool:
     return False
 
 
-def is_compiled_by_torch() -> bool:
-    """Return whether `torch.compile` traces this code."""
-    torch = sys.modules.get("torch")
-    return torch is not None and bool(torch.compiler.is_compiling())
-
-
-def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that `torch.compile` calls as it is."""
-    return sys.modules["torch"].compiler.disable(function)  # type: ignore[no-any-return]
-
-
 def give_variables_back() -> None:
-    """Return the variables that Keras takes from a model on JAX while it runs an epoch.
+    """Restore the variables that Keras removes from a JAX model while it runs an epoch.
 
-    Keras returns them at the end of the epoch. An exception in the first step would lose them.
+    Keras restores them at the end of the epoch. An exception in the first step would lose them.
     """
     if keras.backend.backend() != "jax":
         return
