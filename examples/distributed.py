@@ -3,17 +3,17 @@
     python distributed.py --engine data-parallel --devices 4
     python distributed.py --engine ddp --processes 2
 
-The engines are those of Keras and of the backends; each comes to the numbers of `--engine single`:
+The engines are those of Keras and of the backends. Each gives the results of `--engine single`:
 
     data-parallel, model-parallel   keras.distribution on JAX, also in several processes
     mirrored                        tf.distribute.MirroredStrategy on TensorFlow
     multi-worker                    MultiWorkerMirroredStrategy on TensorFlow, with Keras's train
-                                    step in a loop of one's own: `fit` fails under it (keras #20585)
-    ddp                             DistributedDataParallel on PyTorch, in a loop of one's own: on
-                                    PyTorch, Keras's `fit` trains in one process
+                                    step in a custom loop: `fit` fails under it (keras #20585)
+    ddp                             DistributedDataParallel on PyTorch, in a custom loop: there,
+                                    Keras's `fit` does not combine processes
 
-Devices are parts of the CPU, and processes speak over loopback, so that this runs anywhere.
-`--backup FOLDER` saves after each epoch, and goes on from there when started again.
+Devices are parts of the CPU, and processes communicate over loopback, so that this runs anywhere.
+`--backup FOLDER` saves after each epoch, and continues from there when started again.
 """
 
 import argparse
@@ -39,7 +39,7 @@ PARSER.add_argument("--devices", type=int, default=2, help="of each process; def
 PARSER.add_argument("--processes", type=int, default=1, help="default: %(default)s")
 PARSER.add_argument("--epochs", type=int, default=3, help="default: %(default)s")
 PARSER.add_argument(
-    "--backup", type=Path, metavar="FOLDER", help="save there, and go on from there"
+    "--backup", type=Path, metavar="FOLDER", help="save there, and continue from there"
 )
 PARSER.add_argument("--kill-in-epoch", type=int, metavar="N", help="to try the backup")
 PARSER.add_argument("--json", type=Path, metavar="PATH", help="write logs and weights there")

@@ -1,14 +1,14 @@
 """Elastic weight consolidation: a network learns new digits, and does not forget the old ones.
 
-It learns to tell the digits 0 to 4 apart, then 5 to 9. The loss of the second task is given the
-network itself, and pulls its weights w to those of the first, w*, the more the more they matter
-there (Kirkpatrick et al. 2017, arXiv:1612.00796):
+It learns the digits 0 to 4, then 5 to 9. The loss of the second task receives the network itself,
+and pulls each weight w to its value w* after the first task. The pull is proportional to the
+importance F of the weight (Kirkpatrick et al. 2017, arXiv:1612.00796):
 
     loss = crossentropy + strength / 2 * sum F (w - w*)^2
 
-F is the Fisher information, the mean square of the gradients of the log-likelihood. A step of plain
-SGD with the rate 1 on one digit tells its gradient, on every backend. With the strength 0 the same
-network forgets. Both tasks have the same five outputs, so that new digits take the place of old.
+F is the Fisher information, the mean square of the gradients of the log-likelihood. An SGD step
+with learning rate 1 changes the weights by minus the gradient. So the script reads gradients on
+every backend. With the strength 0 the network forgets. Both tasks have the same five outputs.
 
     python ewc.py
     python ewc.py --backend torch --epochs 8 --json run.json --plot run.png

@@ -1,11 +1,10 @@
 """Focal loss for honest probabilities: its gamma follows a schedule, and is in the logs.
 
-A network that trains for long on few samples becomes too sure of itself. Here it gives its answers
-a probability of 0.94 on average, and 0.89 of them are right. The focal loss of a sample whose true
-class has the probability p is -(1 - p)^gamma log(p) (Lin et al. 2017, arXiv:1708.02002). With
-gamma = 0 it is the cross-entropy. A greater gamma takes weight from samples that are right already,
-so that the probabilities stay closer to the truth (Mukhoti et al. 2020, arXiv:2002.09437). Here
-gamma falls from 3 to 1.
+A network that trains for long on few samples becomes overconfident. Here its mean confidence is
+0.94, and its accuracy 0.89. If the true class of a sample has the probability p, its focal loss is
+-(1 - p)^gamma log(p) (Lin et al. 2017, arXiv:1708.02002). With gamma = 0 it is the cross-entropy. A
+greater gamma reduces the weight of samples that are right already. The probabilities then stay
+closer to the truth (Mukhoti et al. 2020, arXiv:2002.09437). Here gamma falls from 3 to 1.
 
 The network learns 500 digits, with this loss and with the cross-entropy, from the same weights,
 three times with other digits. On JAX, TensorFlow or PyTorch:

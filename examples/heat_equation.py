@@ -1,24 +1,25 @@
 """Solve the heat equation with a network, and compare fixed and balanced weights of its loss.
 
-The network u(x, t) shall solve u_t = ALPHA u_xx for x from 0 to 1 and t from 0 to 1, where only
-u(x, 0), u(0, t) and u(1, t) are known. The loss has two terms. The residual of the equation at
-random points (Raissi et al. 2019, https://doi.org/10.1016/j.jcp.2018.10.045) takes u_t and u_xx,
-tensors of the graph that `derivatives` returns. The error of u is zero where u is unknown: it
+The network u(x, t) approximates the solution of u_t = ALPHA u_xx for x and t from 0 to 1. Only
+u(x, 0), u(0, t) and u(1, t) are known. The loss has two terms (Raissi et al. 2019,
+https://doi.org/10.1016/j.jcp.2018.10.045). The residual of the equation at random points reads u_t
+and u_xx, symbolic tensors that `derivatives` returns. The error of u is zero where u is unknown: it
 takes `known` from the batch.
 
 The same network is trained with `residual + 20 * error`, with equal weights, and with each rule of
 `lossargs.balancing`, with its defaults. On JAX, with the seeds 0, 1 and 2, the fixed weight 20 is
-best: its relative L2 error is at most 0.003. Those of equal weights, SoftAdapt and ReLoBRaLo are
-0.017 to 0.032, since their weights stay nearly equal. That of Uncertainty is 0.18 to 0.36: a wrong
-u can have no residual, and the weight of the residual grows above 100,000.
+best. The relative L2 errors are: fixed weight 20, at most 0.003; equal weights, SoftAdapt and
+ReLoBRaLo, 0.017 to 0.032; Uncertainty, 0.18 to 0.36. The weights of SoftAdapt and ReLoBRaLo stay
+nearly equal. With Uncertainty, the weight of the residual grows above 100,000, and a wrong u can
+have zero residual.
 
 It learns without data, on JAX, TensorFlow or PyTorch:
 
     python heat_equation.py
     python heat_equation.py --backend torch --rules SoftAdapt --json run.json --plot run.png
 
-The picture shows the exact solution, that of the network with the fixed weight 20, and its error;
-then the weights, and the errors of all networks.
+The picture shows the exact solution, that of the network with the fixed weight 20, and its error.
+Below are the weights, and the errors of all networks.
 
 It needs lossargs, a backend of Keras, and matplotlib (for --plot).
 """

@@ -1,12 +1,12 @@
-"""Add a constant to a loss: the loss in the log moves, what the network learns does not.
+"""Add a constant to a loss: the logged loss changes, the learned weights do not.
 
 A network of 784-64-10 units learns handwritten digits (MNIST) with cross-entropy plus a constant,
 which is an extra argument of the loss:
 
     model.compile(optimizer="adam", loss=shifted_crossentropy(10), metrics=["accuracy"])
 
-A constant has no gradient: with the same seed, any two shifts give the same accuracies, and losses
-that lie exactly as far apart as the shifts. The same file runs on JAX, TensorFlow and PyTorch:
+A constant has no gradient. With the same seed, any two shifts give the same accuracies. The losses
+differ exactly as the shifts do. The same file runs on JAX, TensorFlow and PyTorch:
 
     python mnist.py
     python mnist.py --shift 5 --backend torch
@@ -38,7 +38,7 @@ Part = tuple[np.ndarray, np.ndarray]  # images, labels
 Digits = tuple[Part, Part]  # to train with, to test with
 
 
-# ---- Before Keras: it cannot change its backend once imported, and mistakes are told at once ----
+# ---- Before Keras, which cannot change its backend once imported: mistakes are reported first ----
 
 
 def fail(message: str) -> NoReturn:

@@ -1,8 +1,8 @@
-"""Shows the results of `examples/mnist.py` on all backends: one table, and one picture.
+"""Show the results of `examples/mnist.py` on all backends: one table, and one picture.
 
     python examples/mnist_report.py build/mnist
 
-Reads the `*.json` of a folder and writes `mnist.png` there. With `--readme`, the table goes between
+Read the `*.json` of a folder, and write `mnist.png` there. With `--readme`, the table goes between
 the marks in README.md, and the picture to docs/mnist.png.
 """
 
@@ -25,7 +25,7 @@ Record = dict[str, Any]
 
 
 def records_in(folder: Path) -> list[Record]:
-    """The records of all runs, in the order of the backends, larger shifts first."""
+    """Return the records of all runs, in the order of the backends, larger shifts first."""
     records = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     return sorted(records, key=lambda r: (list(NAMES).index(r["backend"]), -r["shift"]))
 
@@ -44,7 +44,7 @@ def rows_of(records: list[Record]) -> Iterator[list[str]]:
 
 
 def table_of(records: list[Record]) -> str:
-    """A Markdown table, its columns aligned so that it reads well in a terminal too."""
+    """Return a Markdown table with aligned columns, which is readable in a terminal too."""
     rows = [list(HEADINGS), *rows_of(records)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

@@ -1,9 +1,9 @@
-"""One loss in a native loop of PyTorch, JAX with optax, or TensorFlow: what `fit` does, by hand.
+"""Write the training loop of `fit` yourself, with one loss: PyTorch, JAX with optax, TensorFlow.
 
 Half of the labels are unknown. The loss (Grandvalet & Bengio 2004, "Semi-supervised learning by
-entropy minimization") is the crossentropy where there is a label, and elsewhere `weight` times the
-entropy of the prediction. Each loop calls `loss(y_true, y_pred, labelled=..., weight=...)` with its
-values for that step; `fit` gets them by the batch and by a schedule, and comes to the same numbers.
+entropy minimization") is the cross-entropy where there is a label. Elsewhere it is `weight` times
+the entropy of the prediction. Each loop calls `loss(y_true, y_pred, labelled=..., weight=...)` with
+its values for that step. `fit` gets them by the batch and by a schedule. The results are the same.
 
     python native_loops.py
     python native_loops.py --backend torch --epochs 2 --json run.json --plot run.png

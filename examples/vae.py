@@ -1,9 +1,10 @@
 """A variational autoencoder: its loss is a sum, whose second term reads layers and is annealed.
 
-The loss of a VAE (Kingma & Welling 2014, arXiv:1312.6114) is the error of the reconstructed digit
-plus `beta` times the KL divergence of its code, given by `z_mean` and `z_log_var`, from N(0, I);
-`beta` rises from 0 to 1 in the first half of the training (Bowman et al. 2016, arXiv:1511.06349).
-It learns from 4,000 real digits, on JAX, TensorFlow or PyTorch:
+The loss of a VAE (Kingma & Welling 2014, arXiv:1312.6114) has two terms. The first is the error of
+the reconstructed digit. The second is `beta` times the KL divergence of its code from N(0, I). The
+layers `z_mean` and `z_log_var` give the code. `beta` rises from 0 to 1 in the first half of the
+training (Bowman et al. 2016, arXiv:1511.06349). The model learns from 4,000 real digits, on JAX,
+TensorFlow or PyTorch:
 
     python vae.py
     python vae.py --backend torch --epochs 60 --json run.json --plot run.png

@@ -1,17 +1,17 @@
-"""A Wasserstein GAN with gradient penalty, in one `fit`: its loss reads the slope of the critic.
+"""A Wasserstein GAN with gradient penalty, in one `fit`: its loss reads a gradient of the critic.
 
 The loss of WGAN-GP (Gulrajani et al. 2017, arXiv:1704.00028) is the critic's score of generated
-images less that of real ones, plus a penalty where the slope of the critic between them is not 1.
-The slope is `grad(score, mixed)`, a tensor of the graph, and an argument of the loss. In the same
-step the generator learns: `reverse` turns the sign of its gradient (Ganin et al. 2016,
-arXiv:1505.07818). It learns from 1,297 digits of scikit-learn; 500 are held out for the check:
+images minus that of real ones, plus a penalty. Between them, the gradient norm of the critic should
+be 1. The argument `slope` is that gradient, `grad(score, mixed)`. The generator learns in the same
+step: `reverse` turns the sign of its gradient (Ganin et al. 2016, arXiv:1505.07818). It learns from
+1,297 digits of scikit-learn. The check uses 500 others:
 
     python wgan_gp.py
     python wgan_gp.py --backend torch --epochs 60 --json run.json --plot run.png
 
-Each digit must be 3 % of 1,000 images or more, as a nearest-neighbour classifier sees them. Mean
-distances to the nearest held-out digit (fidelity), and from these to the nearest image (coverage),
-must be below two thirds of the way from training digits to a normal distribution fitted to them.
+A nearest-neighbour classifier must find each digit in 3 % of 1,000 images or more. Fidelity is the
+mean distance to the nearest held-out digit, coverage that from these to the nearest image. Both
+must be below d + 2/3 (e - d): d for training digits, e for a normal distribution fitted to them.
 It needs lossargs, a backend of Keras, scikit-learn, and matplotlib (for --plot).
 """
 
