@@ -13,6 +13,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ os.environ["KERAS_BACKEND"] = "torch"
 
 import keras
 import torch
-from cases import CASES, Case, closure, compute_loss, constant, live
+from cases import CASES, Case, WithKerasLoss, closure, compute_loss, constant, live
 from measuring import write
 
 from lossargs import detach
@@ -75,6 +76,7 @@ WAYS: dict[str, dict[str, Callable[[], Action]]] = {
     "a step with live arguments": {
         "compute_loss": lambda: training(compute_loss),
         "the same again": lambda: training(compute_loss),
+        "with a Keras loss": lambda: training(partial(compute_loss, cls=WithKerasLoss)),
         "lossargs": lambda: training(live),
     },
     "predict": {

@@ -166,9 +166,25 @@ class WithPenalty(keras.Model):
         return sum(self.losses, ops.mean(values))
 
 
-def compute_loss(case: Case, count: int = 1) -> keras.Model:
+class WithKerasLoss(WithPenalty):
+    """The same, with masks, sample weights and reduction by a loss class of Keras."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        y_pred, *hidden = y_pred
+
+        def error(y_true, y_pred):
+            values = self.case.error(y_true, y_pred)
+            for weight, metric in zip(self.loss_weights, self.logged, strict=True):
+                metric.update_state(weight.value)
+                values += weight.value * self.case.penalty(*hidden)
+            return values
+
+        return sum(self.losses, Reduced(error)(y, y_pred, sample_weight))
+
+
+def compute_loss(case: Case, count: int = 1, cls: Any = WithPenalty) -> keras.Model:
     x, y, hidden = case.network()
-    model = WithPenalty(x, [y, *hidden])
+    model = cls(x, [y, *hidden])
     model.hold(case, [new_weight() for _ in range(count)])
     return compiled(model, None)
 

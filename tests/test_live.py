@@ -366,8 +366,8 @@ def test_train_step_of_the_guide_for_jax(data):
             logs, rest = {"loss": loss}, list(metrics)
             for metric in self.metrics:
                 own, rest = rest[: len(metric.variables)], rest[len(metric.variables) :]
-                if metric.name in ("weight", "tracked"):
-                    logs[metric.name] = metric.stateless_result(own)
+                if metric.name == "lossargs":
+                    logs |= metric.stateless_result(own)
             return logs, (trainable, state, optimizer, metrics)
 
         def call(self, x, training=None):

@@ -86,7 +86,7 @@ def grows(values, steps, limit):
 @pytest.mark.fit
 @pytest.mark.parametrize("leaking", [False, True])
 @pytest.mark.parametrize(
-    ("epochs", "steps"), [(8, 25), pytest.param(20, 1000, marks=pytest.mark.nightly)]
+    ("epochs", "steps"), [(4, 25), pytest.param(20, 1000, marks=pytest.mark.nightly)]
 )
 def test_steps_leave_nothing_behind(epochs, steps, leaking):
     """What leaks on purpose is seen."""

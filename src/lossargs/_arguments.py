@@ -34,9 +34,8 @@ class Arguments:
 
     def logs(self) -> Logs:
         """Return a metric that logs all items."""
-        values = [item for _, item in self.scalars]
-        values += [item for _, items in self.weights for item in items]
-        return Logs([item for _, item in self.tracked], values)
+        losses, scalars = ([item for _, item in kind] for kind in (self.tracked, self.scalars))
+        return Logs(losses, scalars, [items for _, items in self.weights])
 
     def items(self) -> list[tuple[BoundLoss, LogItem, str]]:
         """Return the items of tracked losses and weights, with the loss and a label of each."""

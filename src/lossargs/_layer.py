@@ -260,11 +260,12 @@ class LossArgs(keras.Layer):
             return
         by_adapter = values.by_adapter()
         scalars = [by_adapter[adapter] for adapter, _ in self._args.scalars]
-        scalars += [weights[loss] for loss, _ in self._args.weights]
+        vectors = [weights[loss] for loss, _ in self._args.weights]
         tracked = [unscale_loss_for_distribution(losses[loss]) for loss, _ in self._args.tracked]
         # Weighted by batch size, as Keras does its own.
         shape: Any = keras.ops.shape(y_pred)
-        self._logs.value.update_state(tracked, scalars, shape[0] if len(y_pred.shape) else 1)
+        samples = shape[0] if len(y_pred.shape) else 1
+        self._logs.value.update_state(tracked, scalars, vectors, samples)
         if step.training and step.keeps_state:
             values.finish_step()
 

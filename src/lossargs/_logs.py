@@ -23,42 +23,57 @@ class LogItem:
 class Logs(keras.Metric):
     """Logs the mean of each loss over the samples, and the last value of each other item.
 
-    All are NaN before the first step. One metric for all items makes one update per step.
+    All are NaN before the first step. One metric for all items makes few updates per step.
+
+    Args:
+        losses: The items of losses.
+        scalars: The items of live scalars.
+        vectors: For each balanced loss, the items of the weights of its terms.
     """
 
-    def __init__(self, losses: Iterable[LogItem], values: Iterable[LogItem]) -> None:
+    def __init__(
+        self,
+        losses: Sequence[LogItem],
+        scalars: Sequence[LogItem],
+        vectors: Sequence[Sequence[LogItem]],
+    ) -> None:
         super().__init__(name="lossargs")
-        self.losses, self.values = tuple(losses), tuple(values)
+        self.losses = tuple(losses)
         # Sums over the samples, and last the number of samples.
-        self.sums = self.add_variable((len(self.losses) + 1,), initializer="zeros", name="sums")
+        self.sums = self.add_variable((len(losses) + 1,), initializer="zeros", name="sums")
+        # A vector is one update, a single scalar needs no vector.
+        self.values = tuple(map(tuple, [scalars, *vectors] if scalars else vectors))
+        shapes: list[tuple[int, ...]] = [(len(items),) for items in self.values]
+        if len(scalars) == 1:
+            shapes[0] = ()
         # Processes of TensorFlow compare initial values, and NaN is not equal to itself.
-        self.last = self.add_variable(
-            (len(self.values),), "zeros", name="last", aggregation="only_first_replica"
-        )
+        self.last = [
+            self.add_variable(shape, "zeros", name="last", aggregation="only_first_replica")
+            for shape in shapes
+        ]
         self.reset_state()
 
-    def update_state(self, losses: Sequence[Any], values: Sequence[Any], samples: Any) -> None:
-        """Add the losses of a step, and replace the values.
+    def update_state(
+        self, losses: Sequence[Any], scalars: Sequence[Any], vectors: Sequence[Any], samples: Any
+    ) -> None:
+        """Add the losses of a step with this number of samples, and replace the other values.
 
-        Args:
-            losses: For each loss, a scalar or one number per sample.
-            values: Scalars, or vectors of the weights of a balanced loss.
-            samples: The number of samples.
+        A loss is a scalar, or one number per sample.
         """
         if losses:
             means = [keras.ops.mean(one) if len(one.shape) else one for one in losses]
-            means = [keras.ops.cast(one, self.dtype) for one in means]
             one = keras.ops.ones((), self.dtype)
             added = keras.ops.stack([*means, one]) * keras.ops.cast(samples, self.dtype)
             self.sums.assign_add(keras.ops.stop_gradient(added))
-        if values:
-            parts = [keras.ops.reshape(keras.ops.cast(one, self.dtype), (-1,)) for one in values]
-            last = keras.ops.concatenate(parts) if len(parts) > 1 else parts[0]
-            self.last.assign(keras.ops.stop_gradient(last))
+        if scalars:
+            vectors = [keras.ops.stack(scalars) if len(scalars) > 1 else scalars[0], *vectors]
+        for variable, values in zip(self.last, vectors, strict=True):
+            variable.assign(keras.ops.stop_gradient(values))
 
     def reset_state(self) -> None:
         self.sums.assign(np.zeros(self.sums.shape))
-        self.last.assign(np.full(self.last.shape, np.nan))
+        for variable in self.last:
+            variable.assign(np.full(variable.shape, np.nan))
 
     def result(self) -> dict[str, Any]:
         """Return the numbers by name."""
@@ -67,9 +82,11 @@ class Logs(keras.Metric):
             sums = self.sums.value
             means = keras.ops.where(sums[-1] > 0, sums / sums[-1], np.nan)
             results = {item.name: means[i] for i, item in enumerate(self.losses)}
-        if self.values:
-            last = keras.ops.copy(self.last.value)  # PyTorch updates the variable in place
-            results |= {item.name: last[i] for i, item in enumerate(self.values)}
+        for variable, items in zip(self.last, self.values, strict=True):
+            value = variable.value + 0  # PyTorch updates the variable in place
+            results |= {
+                item.name: value[i] if len(value.shape) else value for i, item in enumerate(items)
+            }
         return results
 
 
