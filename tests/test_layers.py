@@ -545,6 +545,21 @@ def noisy(y_true, y_pred, *, seed):
     return 0.0 * keras.losses.mean_squared_error(y_true, y_pred) + noise
 
 
+def test_generator_of_a_layer_of_the_model(tmp_path):
+    """Keras saves it with the layer, and would save it once more with the loss."""
+    dropout = keras.layers.Dropout(0.5)
+    layers = [keras.Input((3,)), dropout, keras.layers.Dense(2)]
+    x = layers[0]
+    y = layers[2](dropout(x))
+    for plain in (keras.Sequential(layers), keras.Model(x, y)):
+        model = attach(plain, noisy(seed=dropout.seed_generator))
+        with pytest.raises(SavingError, match="'seed' is a random generator of the layer 'dropout"):
+            model.save(tmp_path / "model.keras")
+    attach(keras.Model(x, y), noisy(seed=keras.random.SeedGenerator())).save(
+        tmp_path / "model.keras"
+    )
+
+
 def noisy_model(seed=3):
     generator = keras.random.SeedGenerator(seed)
     loss = noisy(seed=generator)

@@ -316,10 +316,19 @@ def _attach_functional(model: Any, loss: Any, track: Any) -> Any:
 
 
 def _mark_own_weights(model: Any, layers: Iterable[LossArgs]) -> None:
-    """Mark layers as not savable whose arguments are weights of the model itself."""
+    """Mark layers as not savable whose arguments are state that would load as two variables."""
     own = {id(variable) for variable in own_variables(model)}
+    others = [one for one in model.layers if not isinstance(one, LossArgs)]
+    inside = {id(variable): one.name for one in others for variable in one.variables}
     for layer in layers:
         for one in layer.get_live():
+            generator = getattr(one.adapter, "generator", None)
+            if generator is not None and id(generator.state) in inside:
+                layer.unsaved = (
+                    f"{one.label!r} is a random generator of the layer "
+                    f"{inside[id(generator.state)]!r}, and would load as two. Pass a generator of "
+                    "its own, keras.random.SeedGenerator(), or the layer."
+                )
             if id(one.adapter.variable) in own:
                 layer.unsaved = (
                     f"{one.label!r} is a weight of the model itself, and would load as two "
