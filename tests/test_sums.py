@@ -341,7 +341,7 @@ def test_generated_sum_equals_the_sum_by_hand(tree, weight, is_masked, is_vector
     expected, slope = value_and_gradient(theirs, X)
     y_pred = network(X)
     largest = computed(tree, lambda *leaf: to_float(ops.sum(ops.abs(by_hand(*leaf)))), LARGEST)
-    largest = max(1, largest, abs(expected))  # a constant counts once for each sample
+    largest = max(1, largest, float(abs(expected)))  # a constant counts once for each sample
     value, ours_slope = value_and_gradient(ours, X)
     assert value == pytest.approx(expected, abs=1e-6 * largest)
     np.testing.assert_allclose(ours_slope, slope, rtol=0, atol=1e-6 * largest)
