@@ -15,7 +15,7 @@ from lossargs._values import cache_key, is_live
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """The arguments of losses. Keras would wrap or track the parts as attributes of the layer."""
+    """The arguments of losses, in one object: Keras would track its parts as attributes."""
 
     loss: BoundLoss  # the main loss
     track: tuple[BoundLoss, ...]
@@ -114,7 +114,7 @@ def collect(
         return adapters[key]
 
     losses = {
-        inner: inner.live_args(adapter)
+        inner: inner.map_live_args(adapter)
         for one in (loss, *track)
         for inner in (one, *one.inner_losses)
     }

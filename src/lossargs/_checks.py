@@ -87,11 +87,12 @@ def _symbolic_tensor_outside(loss: Any) -> ArgumentError:
 def explain(error: Exception, loss: Any, given: Mapping[str, Any], batch: Collection[str]) -> None:
     """Add to an exception of the user's function the arguments that it was given.
 
-    Those of `batch` have one entry for each sample.
+    `batch` has the names of batch entries, whose first axis should be that of `y_pred`.
     """
     # Our errors already name the argument, and terms add their own note.
     if isinstance(error, LossArgsError) or loss.terms:
         return
+    # The errors of backends and of Keras differ, but all of them name the class.
     if "KerasTensor" in str(error):
         raise _symbolic_tensor_outside(loss) from error
     samples, parts = shape_of(given["y_pred"])[:1], []

@@ -1,4 +1,4 @@
-"""Bound values in configs: written as JSON, and read back without trust in the file."""
+"""Bound values in configs: written as JSON, and read from files that are not trusted."""
 
 import base64
 import contextlib
@@ -156,7 +156,8 @@ def load_object(config: Any, *kinds: type) -> Any:
     """Return the object of one of these classes that a config of Keras describes.
 
     Keras imports the modules that a config names, so this function finds the class first. With
-    `object`, any class that defines equality is allowed. An object returns another one like it.
+    `object`, any class that defines equality is allowed. If `config` is an object, the result is a
+    copy of it.
     """
     if not isinstance(config, dict):
         config = keras.saving.serialize_keras_object(config)
@@ -166,6 +167,7 @@ def load_object(config: Any, *kinds: type) -> Any:
         cls = keras
         for part in (*module.split(".")[1:], name):
             cls = getattr(cls, part, None) if isinstance(cls, types.ModuleType) else None
+    # Names such as `__class__` lead to classes that are not of Keras.
     right = isinstance(cls, type) and not name.startswith("__") and issubclass(cls, kinds)
     wanted = " or ".join(kind.__name__ for kind in kinds)
     if not right or (kinds == (object,) and cls.__eq__ is object.__eq__):

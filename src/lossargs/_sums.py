@@ -17,10 +17,11 @@ from lossargs._live import Adapter
 from lossargs._serialization import decode, encode, load_object
 from lossargs._values import bind_value, cache_key, format_value, is_live
 
-# Factors of a term: a number, then live values; `("1/", value)` for a divisor.
+# Factors of a term: a number, then live values. A tuple `("1/", value)` divides.
 Factors = tuple[Any, ...]
 
 
+# Internal functions receive `(values, training, **args)`. `terms` is a parameter only to be bound.
 def weighted_sum(values: Any, _: Any, *, terms: Any = (), weights: Any, constants: Any) -> Any:  # noqa: ARG001
     """Return the weighted sum of the values of the terms, and of the constants."""
     shapes = [tuple(value.shape) for value in values if len(value.shape)]
@@ -41,7 +42,7 @@ def scaled(value: Any, factors: Factors) -> Any:
     number, *live = factors
     value = value if number == 1 else value * float(number)
     for factor in live:
-        is_divisor = isinstance(factor, tuple)
+        is_divisor = _is_divisor(factor)
         tensor = keras.ops.cast(factor[1] if is_divisor else factor, value.dtype)
         value = value / tensor if is_divisor else value * tensor
     return value
@@ -66,7 +67,8 @@ class KerasLoss:
         return type(self.wrapped), cache_key(own)
 
     def _given(self) -> dict[str, Any]:
-        """Return the arguments that make this loss, also those that its config leaves out."""
+        """Return the constructor arguments, also those that `get_config` leaves out."""
+        # Attributes, and dicts among them, e.g. the arguments of the function in `_fn_kwargs`.
         found = dict(vars(self.wrapped))
         for value in vars(self.wrapped).values():
             found |= value if isinstance(value, dict) else {}
@@ -146,6 +148,7 @@ def label_of(loss: Any, name: str, place: str) -> str:
     """Return the name in the logs of a live value among the arguments of a loss."""
     if loss.loss_function is not SUM:
         return f"{name}{place}"
+    # In `weights`, the place `_1_2` is the factor 2 of the term 1.
     term, factor, *_ = (int(index) for index in place.split("_")[1:])
     of = loss.terms[term].name if name == "weights" else "constant"
     return f"{of}_weight" if factor == 1 else f"{of}_weight_{factor}"
@@ -228,7 +231,7 @@ def _parts(value: Any) -> Parts:
 
 
 def _number(value: Any) -> Any:
-    """Return a scalar as a number of Python, or `None`."""
+    """Return a scalar as a Python number, or `None`."""
     is_array = isinstance(value, (np.generic, np.ndarray)) or keras.ops.is_tensor(value)
     if is_array and not is_live(value) and tuple(value.shape) == ():
         value = bind_value(value, "A weight or term of a sum")
@@ -255,7 +258,7 @@ def _weight(value: Any, operator: str) -> Any:
 
 def _scaled(value: Any, factor: Any) -> Parts:
     """Return the parts of a summand, each with a further factor."""
-    if is_live(factor) or isinstance(factor, tuple):
+    if is_live(factor) or _is_divisor(factor):
         return [((*factors, factor), loss) for factors, loss in _parts(value)]
     return [((factors[0] * factor, *factors[1:]), loss) for factors, loss in _parts(value)]
 
@@ -263,7 +266,7 @@ def _scaled(value: Any, factor: Any) -> Parts:
 def _of(parts: Parts, cls: Any) -> Any:
     """Return the sum of parts as a bound loss."""
     terms = [(factors, loss) for factors, loss in parts if loss is not None]
-    if len(parts) == len(terms) == 1 and parts[0][0] == (1,):
+    if len(parts) == len(terms) == 1 and parts[0][0] == (1,):  # e.g. of `loss + 0`
         return parts[0][1]
     args = {
         "terms": tuple(bound_term(loss, cls) for _, loss in terms),
