@@ -135,7 +135,7 @@ def detach(model: keras.Model) -> keras.Model:
         inner = next(layer.name for layer in detached.layers if layers_of(layer))
         raise AttachError(
             f"The layer {inner!r} of {model.name!r} has live arguments of a loss, and is not an "
-            "output. Create the model again on what it was before: detach(inner_model)."
+            "output. Create the model again with detach(inner_model)."
         )
     forget_calls(detached.layers, LossArgs)
     # A detached model does not keep the user's layers and generators alive.
@@ -275,8 +275,8 @@ def _by_output(given: Any, names: Sequence[str], what: str, *, is_one: bool) -> 
         return [given] * len(names)
     if isinstance(given, BoundLoss) or len(given) != len(names):
         raise AttachError(
-            f"attach({what}=...) was given {given!r} for the outputs {listed(names)}. Give a dict, "
-            f"{{{names[0]!r}: ...}}, or a list with one entry for each."
+            f"attach({what}=...) was given {given!r} for the outputs {listed(names)}. Write "
+            f"{{{names[0]!r}: ...}}, or a list with one entry for each output."
         )
     return list(given)
 
@@ -358,10 +358,9 @@ def _refuse_inputs_of_layers(one: Any, sources: dict[int, Any], model: Any) -> N
         for tensor in getattr(layer, "inputs", None) or ():
             if id(tensor) in sources and id(tensor) not in known:
                 raise AttachError(
-                    f"{one.label!r} of {one.loss!r} is a tensor of another graph: it is "
-                    f"computed from the input {tensor.name!r}, which {model.name!r} does not "
-                    "have. Take the tensor that the layer returned in this model: "
-                    "z = encoder(x), and not encoder.output."
+                    f"{one.label!r} of {one.loss!r} is a tensor of another graph: it is computed "
+                    f"from the input {tensor.name!r}, which {model.name!r} does not have. Take "
+                    "the tensor of this model: z = encoder(x), and not encoder.output."
                 )
 
 

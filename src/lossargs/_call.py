@@ -144,9 +144,8 @@ class Call(keras.losses.Loss):
         if missing:
             raise ArgumentError(
                 f"{function.name} needs a value for {listed(missing)}. Bind it, "
-                f"{function.name}({missing[0]}=...). Or give it with the batch, "
-                f"fit(x, y, sample_weight={{{missing[0]!r}: ...}}), also for validation and "
-                "evaluate; a loss in metrics=[...] gets nothing from the batch."
+                f"{function.name}({missing[0]}=...). Or give it with each batch, also for "
+                f"validation: fit(x, y, sample_weight={{{missing[0]!r}: ...}})."
             )
         return args
 
@@ -161,14 +160,14 @@ class Call(keras.losses.Loss):
 
     def _not_attached(self, names: Sequence[str]) -> AttachError:
         what = f"{self.loss!r} has live arguments ({listed(names)}), and "
-        attached = [loss for values in self.inputs.values for loss in values.losses()]
-        attached = attached or [layer.loss for layer in layers_of(self.model)]
-        others = [loss for loss in attached if loss is not self.loss]
+        attached = [one.layer() for one in self.inputs.values if one.losses()]
+        attached = attached or layers_of(self.model)
+        others = [layer for layer in attached if layer.loss is not self.loss]
         if others:
             return AttachError(
-                f"{what}this model was attached to another loss, {others[0]!r}. Give the "
-                "same loss to attach and to compile. A loaded or cloned model has its own: the "
-                "`loss` of its LossArgs layer."
+                f"{what}this model was attached to another loss, {others[0].loss!r}. Compile with "
+                f"that one: model.get_layer({others[0].name!r}).loss. For another loss: "
+                "model = attach(model, loss)."
             )
         by_hand = f"In a call by hand give the values: loss(y_true, y_pred, {names[0]}=...)."
         return AttachError(
@@ -296,10 +295,9 @@ class Call(keras.losses.Loss):
                 continue
             if len(other) == 2 and other[1] == 1 != shape[1]:
                 raise BatchError(
-                    f"The batch entry {name!r} of shape {shape_of(entry)} gives "
-                    f"{self.loss.loss_function.name} losses of shape {shape}, where y_pred has "
-                    f"{shape_of(y_pred)}: each sample would be combined with the values of all "
-                    f"others. Give it the shape {other}, e.g. {name}[:, None]."
+                    f"The batch entry {name!r} of shape {shape_of(entry)} broadcasts the losses "
+                    f"of {self.loss.loss_function.name} to {shape}, where y_pred has "
+                    f"{shape_of(y_pred)}. Give it the shape {other}, e.g. {name}[:, None]."
                 )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Self
 import keras
 
 from lossargs._autodiff import Path, differentiate, has_derivatives, probe
+from lossargs._backends import CHOOSE
 from lossargs._errors import ArgumentError, DerivativeError, SavingError, listed
 from lossargs._keras import (
     LayerOfOthers,
@@ -108,8 +109,8 @@ def derivatives(*wanted: Any) -> list[keras.KerasTensor]:
             )
     if not has_derivatives():
         raise DerivativeError(
-            f"Keras's backend {keras.backend.backend()!r} cannot differentiate. Write "
-            "os.environ['KERAS_BACKEND'] = 'jax', 'tensorflow' or 'torch' before import keras."
+            f"Keras's backend {keras.backend.backend()!r} cannot differentiate. Choose another "
+            f"one before importing Keras: {CHOOSE.format('jax')}."
         )
     _check(paths)
     return _differentiate(paths) if any(path[1:] for path in paths) else [y for (y,) in paths]
@@ -133,15 +134,15 @@ def _check(paths: list[tuple[Any, ...]]) -> None:
         if _depends(x, other):
             raise DerivativeError(
                 f"{format_value(x)} is computed from {format_value(other)}, and derivatives() "
-                f"needs independent variables. Write grad(y, x) for each."
+                "needs independent variables. Write grad(y, x1), grad(y, x2)."
             )
     for y, x in ((y, x) for y, *along in paths for x in along):
         if not _depends(y, x):
             names = listed(tensor.name for tensor in ancestors([y])[0].values())
             raise DerivativeError(
                 f"y, {format_value(y)}, is not computed from x, {format_value(x)}, "
-                f"but from the inputs {names}: the derivative would be zero. Take the output of "
-                "the network for this x, y = network(x), and not network.output."
+                f"but from the inputs {names}: the derivative would be zero. Take the output for "
+                "this x: y = network(x), and not network.output."
             )
 
 
@@ -288,11 +289,13 @@ class Derivatives(LayerOfOthers):
         except Exception as error:
             function(xs)  # an error without derivatives is the layer's own
             layers = (one for one in self.operations if not isinstance(one, Derivatives))
+            backend = keras.backend.backend()
             raise DerivativeError(
-                f"{keras.backend.backend()} cannot take a derivative of order {order}"
+                f"{backend} cannot take a derivative of order {order}"
                 f"{', which training needs,' if training else ''} through "
                 f"{listed(one.name for one in layers)}: {error} ({type(error).__name__}). "
-                "Use other layers, or another backend."
+                "Replace the layer, or choose another backend before importing Keras: "
+                f"{CHOOSE.format('torch' if backend == 'jax' else 'jax')}."
             ) from error
         return [gradients[path] for path in paths]
 

@@ -89,8 +89,8 @@ class Function:
             return cls.of(fn)
         raise SavingError(
             f"The saved {cls.kind} uses the function {key!r}, which this process does not know. "
-            f"Before loading, import the module that gives it to {cls.decorator} ({module!r} "
-            f"defined it). If it moved, load with custom_objects={{{key!r}: ...}}."
+            f"Before loading, import the module that gives it to {cls.decorator}: import {module}. "
+            f"If it moved: load_model(path, custom_objects={{{key!r}: ...}})."
             f"{nearest(key, [known for kind, known in _registry if kind is cls])}"
         )
 
@@ -185,8 +185,8 @@ class Function:
         if [*map(_source, self._unwrapped)] != [*map(_source, registered._unwrapped)]:
             raise SavingError(
                 f"{self.name} was defined again, with other code, after this {self.kind} was "
-                f"bound: {self.key!r} is the new function. Bind and compile with that one, or "
-                "rename one of them."
+                f"bound: {self.key!r} is the new function. Bind and compile with that one, "
+                f"{self.keyword}={self.name}(...), or rename one of them."
             )
 
     def _is_at_its_place(self) -> bool:

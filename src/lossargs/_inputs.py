@@ -93,28 +93,28 @@ def _refuse_metrics(loss: Any) -> None:
     step = running_step()
     if step is not None and step.method == "compute_metrics":
         raise AttachError(
-            f"{loss!r} has live arguments, and was given to compile as a metric. Metrics are "
-            "computed outside the step of the model, where these have no value. Let the model "
-            "track it: attach(..., loss, track=[this one])."
+            f"{loss!r} has live arguments, and was given to compile as a metric, where they "
+            "have no value. Track it instead: attach(model, loss, track=[metric_loss])."
         )
 
 
 def _check_batch(batch: Mapping[str, Any], loss: Any) -> None:
     """Raise for an entry that no function takes, or that cannot become a tensor."""
-    losses, name = (loss, *loss.inner_losses), loss.title
+    losses, name, function = (loss, *loss.inner_losses), loss.title, loss.loss_function
+    code = "f" if function.is_internal else function.name
     for key in batch:
         if not any(one.takes(key) for one in losses):
             known = list(dict.fromkeys(known for one in losses for known in one.parameters))
             raise BatchError(
                 f"The batch (third element of the data) has an entry {key!r}, which {name} does "
-                f"not take. {taken(key, known)} Leave it out. If several losses read one batch, "
-                "add **extra to the parameters."
+                f"not take. {taken(key, known)} Leave it out. If several losses read one batch: "
+                f"def {code}(y_true, y_pred, **extra): ..."
             )
     for key, value in batch.items():
         if value is None:
             raise BatchError(
                 f"The batch entry {key!r} for {name} is None. Leave it out to use the bound or "
-                "default value, or give an array."
+                f"default value, or write sample_weight={{{key!r}: array}}."
             )
         if getattr(getattr(value, "dtype", None), "kind", "") in ("O", "S", "U"):
             raise BatchError(

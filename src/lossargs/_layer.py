@@ -170,7 +170,8 @@ class LossArgs(keras.Layer):
         if not isinstance(y_pred, keras.KerasTensor) and not keras.ops.is_tensor(y_pred):
             raise AttachError(
                 f"LossArgs({self.loss!r}) was called with a {type(y_pred).__name__}, and takes the "
-                "one tensor that goes to its loss. For several outputs make one layer for each."
+                "one tensor that goes to its loss. For several outputs, write one layer each: "
+                "self.loss_a(y_a), self.loss_b(y_b)."
             )
         # `given` is `None` in a call by the user, whose `training` may be for a loss.
         if given is None and training is not None and self._args.takes("training"):
@@ -295,9 +296,9 @@ class LossArgs(keras.Layer):
         if is_own and compiled and self.loss not in compiled:
             raise AttachError(
                 f"{model.name!r} is attached to {self.loss!r}, and was compiled with "
-                f"{', '.join(map(repr, compiled))}. Give the same loss to both. A loaded or "
-                "cloned model has its own: the `loss` of its LossArgs layer. For another loss, "
-                "take the old one out first: detach(model)."
+                f"{', '.join(map(repr, compiled))}. Compile with the attached loss, also of a "
+                f"loaded or cloned model: model.get_layer({self.name!r}).loss. For another loss: "
+                "model = attach(model, loss)."
             )
         for one in self._args.live:
             if isinstance(one.adapter, LayerAdapter):
@@ -332,8 +333,8 @@ class LossArgs(keras.Layer):
             raise SavingError(f"The model of {self.loss!r} cannot be saved: {self.unsaved}")
         if in_legacy_saving():
             raise SavingError(
-                f"{self.loss!r} cannot be saved in the legacy HDF5 format, which knows no live "
-                'arguments. Save the model in the Keras format, model.save("model.keras").'
+                f"{self.loss!r} cannot be saved in the legacy HDF5 format, which cannot store "
+                'live arguments. Write model.save("model.keras").'
             )
         for one in self._args.live:
             if one.adapter in self._shared.value and not in_sharing_scope():

@@ -189,8 +189,6 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
             >>> loss = with_args(keras.losses.huber)(delta=2.0)
             >>> float(loss([[1.0]], [[4.0]]))
             4.0
-            >>> float(loss([[1.0]], [[4.0]], delta=1.0))
-            2.5
         """
         try:
             inputs = Inputs.of(self, y_pred, sample_weight)
@@ -286,7 +284,7 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
             for one in (self, *self.inner_losses):
                 for name, _, leaf in one.live_leaves():
                     if isinstance(leaf, (keras.Layer, keras.random.SeedGenerator)):
-                        # Raises a SavingError: a pickle would copy the object.
+                        # Raises: a pickle would copy the object.
                         encode(leaf, f"{name!r} of {one.loss_function.name}()")
             return type(self).from_config, (self.get_config(),)
         return _unpickled, (self.loss_function, self.bound_args, self.get_options())

@@ -11,7 +11,7 @@ from typing import Any, Self
 import keras
 import numpy as np
 
-from lossargs._errors import ArgumentError
+from lossargs._errors import ArgumentError, taken
 from lossargs._function import LossFunction
 from lossargs._live import Adapter
 from lossargs._serialization import decode, encode, load_object
@@ -193,9 +193,10 @@ class Arithmetic:
 
         for name in changes:
             if not takers(name, self.terms):
+                known = {known for term in self.all_terms() for known in term.parameters}
                 raise ArgumentError(
-                    f"No term of {self!r} takes {name!r}. For other terms or weights, write the "
-                    "loss again."
+                    f"No term of {self!r} takes {name!r}. {taken(name, sorted(known))} For other "
+                    "terms or weights, write the loss again: f(a=1) + 2 * g()."
                 )
         terms = tuple(
             term.replace(**{name: one for name, one in changes.items() if takers(name, [term])})
@@ -223,9 +224,11 @@ def _parts(value: Any) -> Parts:
         return [((1,), value)]
     number = _number(value)
     if number is None:
+        fix = "Call a factory: factory(...); wrap a function: with_args(function)()."
+        if is_live(value):
+            fix = "Add it in a function: def f(y_true, y_pred, value): ..."
         raise ArgumentError(
-            f"Cannot add {format_value(value)} to a loss. Terms are losses and numbers. Call a "
-            "factory: factory(...); wrap a function: with_args(function)()."
+            f"Cannot add {format_value(value)} to a loss. Terms are losses and numbers. {fix}"
         )
     return [((number,), None)] if number else []
 

@@ -25,15 +25,15 @@ _INSTEAD: dict[type, tuple[str, str]] = {
     keras.Metric: (
         "a metric",
         (
-            "which Keras would neither reset nor log here. Give a layer that holds the metric, and "
-            "update it in the loss. Or give its number: a keras.Variable that you assign."
+            "which Keras would neither reset nor log here. Pass a layer that holds the metric. Or "
+            "pass a number that you assign: keras.Variable(0.0, trainable=False)."
         ),
     ),
     keras.Optimizer: (
         "an optimizer",
         (
-            "whose variables belong to compile. Give the value that the loss reads: a "
-            "LearningRateSchedule, or a keras.Variable that you assign in a callback."
+            "whose variables are created by compile. Pass the LearningRateSchedule. Or pass a "
+            "number that a callback assigns: keras.Variable(0.0, trainable=False)."
         ),
     ),
 }
@@ -123,8 +123,8 @@ def _bind_leaf(value: Any, where: str) -> Any:
     if isinstance(value, Iterator) or is_variable or getattr(value, "requires_grad", False):
         raise ArgumentError(
             f"Cannot bind {where} to a {type(value).__name__}: its current value would be baked "
-            "into the compiled step. Give a keras.Variable, or a tensor at the call: "
-            "loss(y_true, y_pred, name=...)."
+            "into the compiled step. Give a keras.Variable, list(iterator), or a tensor at the "
+            "call: loss(y_true, y_pred, name=...)."
         )
     if isinstance(value, keras.losses.Loss):
         return value
