@@ -377,7 +377,7 @@ def test_errors_of_arguments():
     y = 2 * x
     message = fails(DerivativeError, (y**2, x), (y**2, y))
     assert "is computed from <symbolic tensor 'x' (None, 1)>" in message
-    assert "Write grad(y, x) for each." in message
+    assert "Write grad(y, x1), grad(y, x2)." in message
 
 
 def opaque(orders):

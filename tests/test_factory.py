@@ -231,7 +231,7 @@ def test_dtype_is_the_floatx_of_the_time_of_binding():
         ),
         (
             lambda: shifted({"deep": [keras.optimizers.SGD()]}),
-            "to an optimizer, SGD, whose variables belong",
+            "to an optimizer, SGD, whose variables are created",
         ),
         (lambda: shifted(iter([1])), "to a list_iterator: its current value"),
     ],

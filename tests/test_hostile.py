@@ -255,7 +255,7 @@ def test_what_is_watched_is_seen(folder, act):
     sys.modules.pop("canary", None)
 
 
-def refused(match="cannot be read|does not know|not fit"):
+def refused(match="cannot be read|does not know|not match"):
     return pytest.raises(LossArgsError, match=match)
 
 

@@ -400,7 +400,11 @@ def changed_after(loss):
 
 
 NOT_ATTACHED = ["shifted(shift=<", "attach(model, loss)", "shift=..."]
-ANOTHER_LOSS = ["shifted(shift=<variable 'shift'>)", "Give the same loss to both", "detach(model)"]
+ANOTHER_LOSS = [
+    "shifted(shift=<variable 'shift'>)",
+    "Compile with the attached loss",
+    "attach(model, loss)",
+]
 WRONG = {
     "variable": (lambda: made(linear_model(), bound()), NOT_ATTACHED),
     "schedule": (lambda: made(linear_model(), losses.shifted(step_itself())), NOT_ATTACHED),

@@ -66,8 +66,8 @@ def test_fresh_process_without_the_module(tmp_path):
     output = run_python(LOAD_WITHOUT_IMPORT.format(path=str(path), huber=str(huber)))
     assert message_of(output).startswith(
         "The saved loss uses the function 'losses>shifted', which this process does not know. "
-        "Before loading, import the module that gives it to with_args ('losses' defined it). If it "
-        "moved, load with custom_objects={'losses>shifted': ...}."
+        "Before loading, import the module that gives it to with_args: import losses. "
+        "If it moved: load_model(path, custom_objects={'losses>shifted': ...})."
     )
 
 
@@ -190,7 +190,7 @@ def test_notebook_cell_that_is_run_again(tmp_path):
     assert output.startswith(
         "in_cell was defined again, with other code, after this loss was bound"
     )
-    assert "Bind and compile with that one" in output
+    assert "Bind and compile with that one, loss=in_cell(...), or" in output
 
 
 def test_function_that_moved_is_given_by_hand(tmp_path):
@@ -210,7 +210,10 @@ def config_of(inner):
 
 def test_function_that_takes_other_arguments_by_now():
     config = {**shifted(10).get_config(), "args": {"offset": 10}}
-    with pytest.raises(SavingError, match="does not fit its function: .*'offset'.* takes 'shift'"):
+    with pytest.raises(
+        SavingError,
+        match="does not match the signature of its function: .*'offset'.* takes 'shift'",
+    ):
         type(shifted(1)).from_config(config)
 
 

@@ -207,7 +207,7 @@ def test_fresh_process(tmp_path):
     plain.save(tmp_path / "plain.keras")
     files = {"path": str(tmp_path / "model.keras"), "plain": str(tmp_path / "plain.keras")}
     output = run_python(LOAD.format(**files))
-    assert "import the module that gives it to schedule ('schedules' defined it)" in output
+    assert "import the module that gives it to schedule: import schedules." in output
     check(json.loads(output.splitlines()[-1]), expected)
 
 
@@ -266,8 +266,14 @@ def mse(y_true, y_pred):
         ({"function": "losses>shifted"}, "The saved schedule uses the function 'losses>shifted'"),
         ({"function": ["eval"]}, "The saved schedule cannot be read: 'function'"),
         ({"args": {"steps": {"kind": "live", "object": {"class_name": "Dog"}}}}, "cannot be read"),
-        ({"args": {"stesp": 4}}, "The saved schedule does not fit its function: "),
-        ({"args": {}}, "does not fit its function: warmup() needs a value for 'steps'"),
+        (
+            {"args": {"stesp": 4}},
+            "The saved schedule does not match the signature of its function: ",
+        ),
+        (
+            {"args": {}},
+            "does not match the signature of its function: warmup() needs a value for 'steps'",
+        ),
     ],
 )
 def test_damaged_files(change, text):

@@ -8,7 +8,7 @@ except (ImportError, ValueError) as error:
     explain(error)
     raise
 else:
-    del keras  # it is no name of this package
+    del keras  # `keras` is not a public name of this package
 
 from lossargs._attach import attach, detach, live_args
 from lossargs._balance import balance

@@ -9,6 +9,7 @@ from lossargs._backends import CHOOSE, TRAINING, choice, is_installed, version
 from lossargs._errors import DOCUMENTATION
 
 in_use = keras.backend.backend()
+# The first of the other backends that is installed, or the first one.
 another = max((name for name in TRAINING if name != in_use), key=is_installed)
 rows = ""
 for name in dict.fromkeys((*TRAINING, in_use)):

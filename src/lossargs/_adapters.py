@@ -111,7 +111,7 @@ class VariableAdapter(Adapter):
             saved = checked(config, "variable", dict)
             options = {name: checked(saved, name, *kinds) for name, kinds in _OPTIONS.items()}
             value = decode(saved["value"])
-            # Keras would call a function for the value.
+            # `keras.Variable` would call a function for its value.
             if not isinstance(value, np.ndarray):
                 raise TypeError(f"'value' is a {type(value).__name__}")
             variable: Any = keras.Variable(value, **options)
@@ -120,7 +120,7 @@ class VariableAdapter(Adapter):
                 variable.constraint = load_object(constraint, keras.constraints.Constraint)
             if regularizer is not None:
                 variable.regularizer = load_object(regularizer, keras.regularizers.Regularizer)
-            # The constructor of a Keras layer takes any object as its dtype, this method does not.
+            # `Layer.from_config` checks the dtype, the constructor takes any object.
             adapter: Self = super().from_config({**config, "variable": variable})
             return adapter
 
@@ -200,8 +200,8 @@ class TensorAdapter(Adapter):
 class LayerAdapter(Adapter):
     """A layer or a model, with its weights in the step.
 
-    The layer is a part of the adapter, and so of the model. Its config and weights say all of it:
-    a loss saves the layer, and never this adapter.
+    The layer is a part of the adapter, and so of the model. A loss saves only the layer, and never
+    this adapter.
     """
 
     adapts = keras.Layer
@@ -215,7 +215,7 @@ class LayerAdapter(Adapter):
 
     @property
     def metrics(self) -> list[Any]:
-        """None, so that a model does not collect those of a compiled model among its arguments."""
+        """An empty list, so that Keras does not collect those of a compiled model in here."""
         return []
 
     def check_is_alone(self, what: str) -> None:

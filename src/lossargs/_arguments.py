@@ -6,7 +6,7 @@ from typing import Any
 
 from lossargs._adapters import LayerAdapter
 from lossargs._balance import computed_weights
-from lossargs._errors import AttachError, listed, nearest
+from lossargs._errors import AttachError, listed, taken
 from lossargs._live import Adapter, adapter_of
 from lossargs._logs import LiveArg, LogItem, Logs, check_names
 from lossargs._loss import BoundLoss, check_is_bound
@@ -15,7 +15,7 @@ from lossargs._values import cache_key, is_live
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """The arguments of losses. Keras would wrap or track the parts as attributes of the layer."""
+    """The arguments of losses, in one object: Keras would track its parts as attributes."""
 
     loss: BoundLoss  # the main loss
     track: tuple[BoundLoss, ...]
@@ -60,16 +60,16 @@ class Arguments:
         """
         for name in given:
             if not self.takes(name):
-                known = {name for loss in self.losses for name in loss.parameters}
+                known = sorted({name for loss in self.losses for name in loss.parameters})
                 raise AttachError(
                     f"LossArgs({self.loss!r}) was called with {name!r}, which none of its losses "
-                    f"takes.{nearest(name, known)}"
+                    f"takes. {taken(name, known)} Write self.loss_args(y_pred, name=...)."
                 )
         for one in self.live:
             if not one.adapter.reads_tensor and one.label in given:
                 raise AttachError(
                     f"{one.label!r} of {one.loss!r} was given twice: bound, and in the call of "
-                    "LossArgs. Leave it out of one of them."
+                    "LossArgs. Write self.loss_args(y_pred) without it."
                 )
         readers = self.readers()
         if tensors and len(tensors) != len(readers):
@@ -82,9 +82,8 @@ class Arguments:
         names = [one.label for one in unfed if one.label not in given]
         if names:
             raise AttachError(
-                f"{listed(names)} of {self.loss!r} is a symbolic tensor, or reads one, and this "
-                "call of LossArgs gives none. Let attach(y_pred, loss) connect it; in a subclassed "
-                f"model leave it unbound and give it in the call: "
+                f"{listed(names)} of {self.loss!r} has no tensor in this call of LossArgs. Write "
+                "attach(y_pred, loss). Or, in a subclassed model, leave it unbound, and write "
                 f"self.loss_args(y_pred, {names[0]}=...)."
             )
 
@@ -114,7 +113,7 @@ def collect(
         return adapters[key]
 
     losses = {
-        inner: inner.live_args(adapter)
+        inner: inner.map_live_args(adapter)
         for one in (loss, *track)
         for inner in (one, *one.inner_losses)
     }

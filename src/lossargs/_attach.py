@@ -20,7 +20,7 @@ from lossargs._keras import (
 )
 from lossargs._layer import LossArgs
 from lossargs._live import Adapter, Untracked, layers_of
-from lossargs._logs import LiveArg, names_of, output_names_of
+from lossargs._logs import LiveArg, check_log_names, names_of, output_names_of
 from lossargs._loss import BoundLoss, check_is_bound
 from lossargs._models import (
     AttachedModel,
@@ -41,20 +41,21 @@ def attach(target: Target, loss: Any, *, track: Any = ()) -> Target:
     """Return a new model that holds the live arguments of a loss.
 
     Args:
-        target: A Functional or Sequential model. Or the symbolic output of a model that you create
-            afterwards, or a list or dict of outputs.
-        loss: The bound loss that you also give to `compile`. For several outputs, a list or dict,
-            as for `compile`. Other losses in it have no effect here.
+        target: A Functional or Sequential model. Or a symbolic output, or a list or dict of
+            outputs, from which you then create the model: `keras.Model(x, attach(y, loss))`.
+        loss: The bound loss that you also give to `compile`. For several outputs, one for all, or a
+            list or dict, as for `compile`. Losses in it that are not bound, e.g. `"mse"`, are
+            ignored here.
         track: Further bound losses, logged under their names. For several outputs, a dict by
             output name, or a list with an entry for each output: a loss, a list of losses or
             `None`.
 
     Returns:
-        For a model, a new model of the same kind, not compiled, with the same layers, weights,
-        attributes and predictions. Inputs that only the arguments need come after the inputs of
-        the model. A Sequential model becomes a Functional one if the loss reads tensors. A loss
-        that was attached before is replaced. Schedules continue at their positions. For tensors,
-        tensors of the same values.
+        For a model, a new, uncompiled model of the same kind, with the same layers, weights,
+        attributes and predictions. If an argument is computed from a new `keras.Input`, this input
+        is appended to those of the model. A Sequential model becomes a Functional one if the loss
+        reads tensors. A loss that was attached before is replaced. Schedules continue at their
+        positions. For tensors, tensors of the same values, shapes and dtypes.
 
     Raises:
         AttachError: `target` is a subclassed model, or neither a model nor symbolic tensors. The
@@ -86,7 +87,7 @@ def attach(target: Target, loss: Any, *, track: Any = ()) -> Target:
         )
     else:
         attached, layers = _attach_tensors(target, loss, track, {})
-        names_of(layers, outputs=layers, by_layer=False)
+        check_log_names(layers)
     return cast(Target, attached)
 
 
@@ -134,16 +135,17 @@ def detach(model: keras.Model) -> keras.Model:
         inner = next(layer.name for layer in detached.layers if layers_of(layer))
         raise AttachError(
             f"The layer {inner!r} of {model.name!r} has live arguments of a loss, and is not an "
-            "output. Create the model again on what it was before: detach(inner_model)."
+            "output. Create the model again with detach(inner_model)."
         )
     forget_calls(detached.layers, LossArgs)
-    objects = (LayerAdapter, SeedGeneratorAdapter)  # which the user holds
+    # A detached model does not keep the user's layers and generators alive.
+    objects = (LayerAdapter, SeedGeneratorAdapter)
     kept = {k: one for k, one in _kept_by(model).items() if not isinstance(one, objects)}
     return _remember(detached, kept)
 
 
 def _loss_inputs(model: Any) -> set[int]:
-    """Return the ids of the inputs that a model has for its losses."""
+    """Return the ids of the inputs that `attach` added, or if it is unknown, that losses read."""
     found: set[int] = set()
     for output in keras.tree.flatten(model.output):
         layer, given = producer(output)
@@ -155,7 +157,7 @@ def _loss_inputs(model: Any) -> set[int]:
 
 
 def _inputs_without(model: Any, dropped: set[int]) -> Any:
-    """Return the inputs of a model, in their structure, without some."""
+    """Return the inputs of a model without some. A dict stays a dict."""
     if isinstance(model.input, dict):
         return {name: one for name, one in model.input.items() if id(one) not in dropped}
     if not dropped:
@@ -211,6 +213,7 @@ def _attach_tensor(output: Any, loss: BoundLoss, track: Any, kept: dict[Any, Ada
         )
     replaced, given = producer(output)
     if isinstance(replaced, LossArgs):
+        # The adapters of a loaded layer have no tensors yet.
         for adapter, tensor in zip(replaced.readers(), given[1:], strict=False):
             adapter.tensor = tensor
         kept = kept | replaced.adapters_by_key()
@@ -221,16 +224,16 @@ def _attach_tensor(output: Any, loss: BoundLoss, track: Any, kept: dict[Any, Ada
     layer.note_weights_of(layers)
     _mark_shared_layers(layer, layers)
     attached = layer(output, tensors) if tensors else layer(output)
-    forget_calls(layers, LossArgs)  # else each would keep the loss
+    forget_calls(layers, LossArgs)  # otherwise, each keeps the loss alive
     return attached, layer
 
 
 def _attach_tensors(
     outputs: Any, loss: Any, track: Any, kept: dict[Any, Adapter]
 ) -> tuple[Any, dict[LossArgs, str]]:
-    """Return the outputs with layers behind those that have a bound loss, and these layers.
+    """Return the outputs, those with a bound loss passed through new layers, and these layers.
 
-    With the layers come the names of their outputs, if there are several.
+    The layers are the keys of a dict of the names of their outputs, `""` if there is one output.
     """
     if not isinstance(outputs, (Mapping, list, tuple)):
         check_is_bound(loss)
@@ -259,7 +262,7 @@ def _attach_tensors(
 
 
 def _by_output(given: Any, names: Sequence[str], what: str, *, is_one: bool) -> list[Any]:
-    """Return what was given for each output: by name, in order, or one for all."""
+    """Return one entry per output from a dict, a list, or one value for all."""
     if isinstance(given, Mapping):
         for name in given:
             if name not in names:
@@ -272,15 +275,16 @@ def _by_output(given: Any, names: Sequence[str], what: str, *, is_one: bool) -> 
         return [given] * len(names)
     if isinstance(given, BoundLoss) or len(given) != len(names):
         raise AttachError(
-            f"attach({what}=...) was given {given!r} for the outputs {listed(names)}. Give a dict, "
-            f"{{{names[0]!r}: ...}}, or a list with one entry for each."
+            f"attach({what}=...) was given {given!r} for the outputs {listed(names)}. Write "
+            f"{{{names[0]!r}: ...}}, or a list with one entry for each output."
         )
     return list(given)
 
 
 def _attach_functional(model: Any, loss: Any, track: Any) -> Any:
     outputs, layers = _attach_tensors(model.output, loss, track, _kept_by(model))
-    names_of(layers, outputs=layers, by_layer=False)
+    check_log_names(layers)
+    # Inputs that the tensors among the arguments are computed from.
     new: dict[int, Any] = {}
     for one in (one for layer in layers for one in layer.get_live()):
         if isinstance(one.adapter.tensor, keras.KerasTensor):
@@ -289,7 +293,7 @@ def _attach_functional(model: Any, loss: Any, track: Any) -> Any:
             new |= sources
     known = {id(tensor) for tensor in model.inputs}
     extra = [tensor for key, tensor in new.items() if key not in known]
-    before = _loss_inputs(model)
+    before = _loss_inputs(model)  # added by an earlier `attach`
     added = [*extra, *(tensor for tensor in model.inputs if id(tensor) in before)]
     for layer in layers:
         layer.new_inputs = tuple(producer(tensor)[0].name for tensor in added)
@@ -303,7 +307,7 @@ def _attach_functional(model: Any, loss: Any, track: Any) -> Any:
     attached = functional_like(model, inputs, outputs)
     if isinstance(attached, AttachedModel):
         for layer in layers:
-            layer.unsaved = ""
+            layer.unsaved = ""  # this class writes shared layers once
     if list(attached.output_names) != list(model.output_names):
         attached.output_names = list(model.output_names)
         for layer in layers if isinstance(outputs, (list, tuple)) else []:
@@ -357,16 +361,15 @@ def _mark_shared_layers(layer: LossArgs, layers: list[Any]) -> None:
 
 
 def _refuse_inputs_of_layers(one: Any, sources: dict[int, Any], model: Any) -> None:
-    """Raise if an argument is a tensor of a model that is a layer of this one, from within it."""
+    """Raise if an argument is an inner tensor of a nested model, e.g. `encoder.output`."""
     known = {id(tensor) for tensor in model.inputs}
     for layer in model.layers:
         for tensor in getattr(layer, "inputs", None) or ():
             if id(tensor) in sources and id(tensor) not in known:
                 raise AttachError(
-                    f"{one.label!r} of {one.loss!r} is a tensor of another graph: it is "
-                    f"computed from the input {tensor.name!r}, which {model.name!r} does not "
-                    "have. Take the tensor that the layer returned in this model: "
-                    "z = encoder(x), and not encoder.output."
+                    f"{one.label!r} of {one.loss!r} is a tensor of another graph: it is computed "
+                    f"from the input {tensor.name!r}, which {model.name!r} does not have. Take "
+                    "the tensor of this model: z = encoder(x), and not encoder.output."
                 )
 
 
@@ -376,7 +379,7 @@ def _attach_sequential(model: Any, loss: Any, track: Any) -> Any:
     layer = LossArgs(loss, track=track, kept=kept)
     if not layer.readers():
         layers = [one for one in model.layers if not isinstance(one, LossArgs)]
-        names_of([layer], by_layer=False)
+        check_log_names({layer: ""})
         layer.note_weights_of(layers)
         attached = sequential_like(model, [*layers, layer])
         if not isinstance(attached, AttachedSequential):

@@ -1,6 +1,6 @@
 """Derivatives of a function of tensors, by the backend in use.
 
-The only module that names a backend; each is imported when its function runs.
+The only module that imports a backend, in the function that runs on it.
 """
 
 import functools
@@ -11,14 +11,14 @@ import keras
 
 from lossargs._keras import in_symbolic_scope, output_specs
 
-Path = tuple[int, ...]  # a result, and the arguments to differentiate along, one after another
+Path = tuple[int, ...]  # a result, and the arguments of its derivatives, one after another
 Gradients = dict[Path, Any]
 Along = dict[Path, set[int]]
 Tensors = dict[int, Any]
 Function = Callable[[Tensors], Gradients]
 
-# The functions of backends take a function that returns results, or results and gradients of them.
-# They return the same, and the gradients of some of these along arguments.
+# The function of a backend returns the values of `function`, and gradients of some of them. The
+# entry `(*path, x)` is the gradient of the sum of the entry `path` with respect to `xs[x]`.
 
 
 def _tensorflow(function: Function, along: Along, xs: Tensors) -> Gradients:
@@ -40,7 +40,7 @@ def _jax(function: Function, along: Along, xs: Tensors) -> Gradients:
     import jax  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
     values: Gradients
-    # As `jax.vjp`, but what all gradients need is computed, and differentiated, once.
+    # As `jax.vjp`, but the work that gradients share is done once.
     values, push_forward = jax.linearize(function, xs)
     for path, places in along.items():
 
@@ -70,7 +70,7 @@ def _torch(function: Function, along: Along, xs: Tensors) -> Gradients:
                 slopes = torch.autograd.grad(
                     value,
                     sources,
-                    # With a gradient, a function that is differentiable only once shows itself.
+                    # With this, a function that is differentiable only once leaves an `Error`.
                     torch.ones_like(value, requires_grad=checking),
                     create_graph=recording,
                     retain_graph=True,
@@ -83,7 +83,7 @@ def _torch(function: Function, along: Along, xs: Tensors) -> Gradients:
 def _torch_uncompiled(function: Function, along: Along, xs: Tensors) -> Gradients:
     import torch  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
 
-    # What `torch.compile` makes has no second derivative.
+    # Compiled PyTorch code has no second derivative.
     body = torch.compiler.disable(_torch) if torch.compiler.is_compiling() else _torch
     return body(function, along, xs)
 
@@ -111,7 +111,7 @@ def has_derivatives() -> bool:
 def differentiate(
     function: Callable[[Tensors], Tensors], xs: Tensors, paths: Collection[Path]
 ) -> Gradients:
-    """Return the gradients of sums of results along paths, and those on the way to them."""
+    """Return the gradients of sums of results along paths, and all gradients of lower order."""
 
     def results(xs: Tensors) -> Gradients:
         return {(y,): value for y, value in function(xs).items()}
@@ -128,7 +128,8 @@ def differentiate(
 
 def probe(function: Callable[[Tensors], Tensors], xs: Tensors, paths: Collection[Path]) -> None:
     """Fail as `differentiate` would, and leave nothing in the program of the step."""
-    if keras.backend.backend() == "torch":  # which runs other functions for symbolic tensors
+    # PyTorch runs other functions for tensors without values, so it takes real ones.
+    if keras.backend.backend() == "torch":
         with keras.SymbolicScope():
             differentiate(function, xs, paths)
     else:

@@ -9,6 +9,7 @@ from pathlib import Path
 from lossargs._errors import listed, more, nearest
 
 TRAINING = ("tensorflow", "jax", "torch")
+# Keras's NumPy backend needs JAX.
 PACKAGES = {**{name: name for name in TRAINING}, "numpy": "jax", "openvino": "openvino"}
 CHOOSE = 'import os; os.environ["KERAS_BACKEND"] = "{}"'
 

@@ -47,18 +47,19 @@ def balance(terms: Iterable[Any], rule: keras.Layer, *, name: str = "balance") -
     the weights. Attach the loss to a model: `attach(model, loss)`.
 
     Args:
-        terms: Losses with different names: bound losses, sums or plain Keras losses.
-        rule: A `keras.Layer`, e.g. one of `lossargs.balancing`. It is called with the values of
-            the terms, a vector of shape `(terms,)`. It returns the loss, or a tuple of the loss
-            and the weights.
-        name: The name under which a sum logs the loss as a term.
+        terms: One or several bound losses, sums or plain Keras losses, each reduced to one number.
+            `attach` needs different names.
+        rule: A `keras.Layer`, e.g. one of `lossargs.balancing`. It receives the values of the
+            terms, a tensor of shape `(terms,)` in the widest dtype of the terms. It returns the
+            loss, a scalar, or a tuple of the loss and the weights, shape `(terms,)`.
+        name: The name in the logs if this loss is a term of a sum, or tracked.
 
     Returns:
         The bound loss.
 
     Raises:
-        ArgumentError: `terms` are not losses, a term is not reduced to one number, or `rule` is
-            not a layer.
+        ArgumentError: `terms` is empty, or one of them is not a loss that is reduced to one number.
+            Or `rule` is not a layer.
 
     Examples:
         >>> import keras

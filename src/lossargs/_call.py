@@ -31,7 +31,7 @@ class Call(keras.losses.Loss):
     """A bound loss in one step, as a Keras loss. Functions receive inner losses in this form.
 
     `Loss.__call__` of Keras converts, masks, weights and reduces, by `name`, `dtype` and
-    `reduction`.
+    `reduction`. These are set here, without `Loss.__init__`.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Call(keras.losses.Loss):
         self.weight = weight
         self.extra = extra or {}
         self.reduction = reduction
-        # Inner losses are not: they may run inside `cond`, and their tensors are invalid outside.
+        # Inner losses do not share: inside `cond`, their tensors are invalid outside.
         self.is_shared = False
 
     @classmethod
@@ -60,7 +60,7 @@ class Call(keras.losses.Loss):
         return call
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None, **extra: Any) -> Any:
-        """Return one number per sample; called by the function that received an inner loss."""
+        """Return the unreduced loss to the function that received it; a scalar from `balance`."""
         call = Call(self.loss, self.inputs, weight=sample_weight, extra=extra)
         return call.evaluate(y_true, y_pred)
 
@@ -80,7 +80,7 @@ class Call(keras.losses.Loss):
 
     @property
     def model(self) -> Any:
-        """The model that runs the step, or is built; `None` in a user's own loop."""
+        """The model of the running step or symbolic build; `None` in a user's own loop."""
         return self.inputs.step and self.inputs.step.model
 
     def evaluate(self, y_true: Any, y_pred: Any) -> Any:
@@ -98,12 +98,13 @@ class Call(keras.losses.Loss):
         is_checked = self.model is None or (is_torch and self.model in self.loss.checked_models)
         if is_checked and not state:
             return self._reduce(y_true, y_pred)
-        is_frozen = not variables_can_be_assigned()  # in a step of a user's own on JAX
-        pairs = [pair for values in self.inputs.values for pair in values.elsewhere]
-        elsewhere = [] if in_stateless_scope() else pairs
-        lost = {id(variable) for variable, _ in elsewhere}
+        is_frozen = not variables_can_be_assigned()  # on JAX, in a user's own training step
+        pairs = [pair for values in self.inputs.values for pair in values.forward_values]
+        forward_values = [] if in_stateless_scope() else pairs
+        lost = {id(variable) for variable, _ in forward_values}
+        # Evaluation does not change the state of layers among the arguments.
         fixed = {id(variable) for variable in state} if step and not step.training else set()
-        with ReadScope(elsewhere, dropped=lost | fixed) as scope:
+        with ReadScope(forward_values, dropped=lost | fixed) as scope:
             try:
                 value = self._reduce(y_true, y_pred)
             except LossArgsError:
@@ -115,14 +116,14 @@ class Call(keras.losses.Loss):
         check_updates(self.loss, step, scope, lost)
         if not is_checked:
             check_reads(self.loss, self.model, scope, is_frozen)
-            if not in_symbolic_scope():  # stand-ins of PyTorch draw no random numbers
+            if not in_symbolic_scope():  # which draws no random numbers on PyTorch
                 self.loss.checked_models.add(self.model)
         return value
 
     # Arguments.
 
     def _resolve_args(self) -> dict[str, Any]:
-        """Return all arguments by name. Precedence: call, live, batch, bound."""
+        """Return all arguments by name. Precedence: call, live values, batch, constants."""
         loss, function = self.loss, self.loss.loss_function
         takers = (loss, *loss.all_terms())
         for name in self.extra:
@@ -137,14 +138,14 @@ class Call(keras.losses.Loss):
         args |= {name: value for name, value in self.extra.items() if loss.takes(name)}
         missing = function.missing(args)
         lost = [] if values else [n for n in self._names_from_layers() if n not in self.extra]
+        # Outside of a model, a loss without live values only lacks an argument.
         if lost and not (missing and self.model is None and not loss.live_names):
             raise self._not_attached(lost)
         if missing:
             raise ArgumentError(
                 f"{function.name} needs a value for {listed(missing)}. Bind it, "
-                f"{function.name}({missing[0]}=...). Or give it with the batch, "
-                f"fit(x, y, sample_weight={{{missing[0]!r}: ...}}), also for validation and "
-                "evaluate; a loss in metrics=[...] gets nothing from the batch."
+                f"{function.name}({missing[0]}=...). Or give it with each batch, also for "
+                f"validation: fit(x, y, sample_weight={{{missing[0]!r}: ...}})."
             )
         return args
 
@@ -159,14 +160,14 @@ class Call(keras.losses.Loss):
 
     def _not_attached(self, names: Sequence[str]) -> AttachError:
         what = f"{self.loss!r} has live arguments ({listed(names)}), and "
-        attached = [loss for values in self.inputs.values for loss in values.losses()]
-        attached = attached or [layer.loss for layer in layers_of(self.model)]
-        others = [loss for loss in attached if loss is not self.loss]
+        attached = [one.layer() for one in self.inputs.values if one.losses()]
+        attached = attached or layers_of(self.model)
+        others = [layer for layer in attached if layer.loss is not self.loss]
         if others:
             return AttachError(
-                f"{what}this model was attached to another loss, {others[0]!r}. Give the "
-                "same loss to attach and to compile. A loaded or cloned model has its own: the "
-                "`loss` of its LossArgs layer."
+                f"{what}this model was attached to another loss, {others[0].loss!r}. Compile with "
+                f"that one: model.get_layer({others[0].name!r}).loss. For another loss: "
+                "model = attach(model, loss)."
             )
         by_hand = f"In a call by hand give the values: loss(y_true, y_pred, {names[0]}=...)."
         return AttachError(
@@ -188,6 +189,7 @@ class Call(keras.losses.Loss):
         return value
 
     def _reduce_now(self, y_true: Any, y_pred: Any) -> Any:
+        # For `call`, which Keras calls in `Loss.__call__`.
         self._args = self._resolve_args()
         self._given = (y_true, y_pred)
         try:
@@ -206,9 +208,9 @@ class Call(keras.losses.Loss):
     def _combine(self, y_true: Any, y_pred: Any) -> Any:
         """Return the value of a loss that combines the values of its terms."""
         terms, values = self.loss.terms, {}
-        # An inner sum has one number for each sample; other losses combine reduced terms only.
+        # An unreduced sum adds the losses of samples. All others combine reduced terms.
         is_reduced = self.reduction is not None or self.loss.loss_function is not SUM
-        # A term may be an inner loss of another one, which then finds it computed.
+        # A term may be an inner loss of another one, which then reuses the result.
         for term in sorted(dict.fromkeys(terms), key=lambda term: len(term.inner_losses)):
             takers = (term, *term.all_terms())
             extra = {n: v for n, v in self.extra.items() if any(one.takes(n) for one in takers)}
@@ -254,8 +256,9 @@ class Call(keras.losses.Loss):
         return values
 
     def _call_function(self, y_true: Any, y_pred: Any) -> Any:
-        if isinstance(y_true, tuple) and not y_true:
+        if isinstance(y_true, tuple) and not y_true:  # see `_reduce_now`
             y_true = None
+        # As `compile` does for a plain function.
         elif keras.ops.is_tensor(y_true) and keras.ops.is_tensor(y_pred):
             y_true, y_pred = squeeze_or_expand_to_same_rank(y_true, y_pred)
         else:
@@ -278,7 +281,7 @@ class Call(keras.losses.Loss):
         return values
 
     def _check_broadcast(self, values: Any, y_pred: Any, call: Callable[..., Any]) -> None:
-        """Raise if an entry of shape `(N,)` makes a square of the losses of `N` samples."""
+        """Raise if an entry of shape `(N,)` broadcasts the losses of `N` samples to `(N, N)`."""
         shape = shape_of(values)
         if len(shape) != 2 or shape[0] != shape[1]:
             return
@@ -292,10 +295,9 @@ class Call(keras.losses.Loss):
                 continue
             if len(other) == 2 and other[1] == 1 != shape[1]:
                 raise BatchError(
-                    f"The batch entry {name!r} of shape {shape_of(entry)} gives "
-                    f"{self.loss.loss_function.name} losses of shape {shape}, where y_pred has "
-                    f"{shape_of(y_pred)}: each sample would be combined with the values of all "
-                    f"others. Give it the shape {other}, e.g. {name}[:, None]."
+                    f"The batch entry {name!r} of shape {shape_of(entry)} broadcasts the losses "
+                    f"of {self.loss.loss_function.name} to {shape}, where y_pred has "
+                    f"{shape_of(y_pred)}. Give it the shape {other}, e.g. {name}[:, None]."
                 )
 
 
@@ -313,5 +315,5 @@ def build(call: Call, y_true: Any, y_pred: Any) -> Any:
     if call.model is not None:
         call.loss.checked_models.discard(call.model)  # it may be compiled again
     if any(call.loss in layer.get_losses() for layer in layers):
-        return keras.ops.zeros((), dtype=call.loss.dtype)  # stand-ins carry no values
+        return keras.ops.zeros((), dtype=call.loss.dtype)  # placeholders carry no values
     return call.evaluate(y_true, y_pred)

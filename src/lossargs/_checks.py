@@ -19,10 +19,11 @@ def check_reads(
     name, function = loss.title, loss.loss_function
     code = "f" if function.is_internal else function.name
     held = {id(variable) for variable in (*model.variables, *model.metrics_variables)}
-    if is_frozen and held & scope.variables.keys():
+    frozen = [one for key, one in scope.variables.items() if is_frozen and key in held]
+    if frozen:
         raise ArgumentError(
-            f"{name} reads a weight of the model, and this train_step evaluates it outside of the "
-            "model's state: JAX would freeze the value. Evaluate it by "
+            f"{name} reads the weight {frozen[0].path!r} of the model, and this train_step "
+            "evaluates the loss outside of the model's state: JAX would freeze the weight. Write "
             "self.stateless_compute_loss(...)."
         ) from cause
     for key, variable in scope.variables.items():
@@ -40,9 +41,9 @@ def check_updates(loss: Any, step: Step | None, scope: ReadScope, lost: Collecti
     for key, variable in scope.assigned.items():
         if key in lost:
             raise ArgumentError(
-                f"{name} assigns the variable {variable.path!r}, and the model was called by "
-                "stateless_call, which gave back its state before. Evaluate the loss by "
-                "model.stateless_compute_loss(...), which returns the new state."
+                f"{name} assigns the variable {variable.path!r} after stateless_call has returned, "
+                "so the new value would be lost. Write model.stateless_compute_loss(...), which "
+                "returns it."
             )
         if variable.trainable and step is not None:
             raise ArgumentError(
@@ -87,11 +88,12 @@ def _symbolic_tensor_outside(loss: Any) -> ArgumentError:
 def explain(error: Exception, loss: Any, given: Mapping[str, Any], batch: Collection[str]) -> None:
     """Add to an exception of the user's function the arguments that it was given.
 
-    Those of `batch` have one entry for each sample.
+    `batch` has the names of batch entries, whose first axis should be that of `y_pred`.
     """
     # Our errors already name the argument, and terms add their own note.
     if isinstance(error, LossArgsError) or loss.terms:
         return
+    # The errors of backends and of Keras differ, but all of them name the class.
     if "KerasTensor" in str(error):
         raise _symbolic_tensor_outside(loss) from error
     samples, parts = shape_of(given["y_pred"])[:1], []

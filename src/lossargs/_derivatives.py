@@ -10,6 +10,7 @@ from typing import Any, Self
 import keras
 
 from lossargs._autodiff import Path, differentiate, has_derivatives, probe
+from lossargs._backends import CHOOSE
 from lossargs._errors import ArgumentError, DerivativeError, SavingError, listed
 from lossargs._keras import (
     LayerOfOthers,
@@ -33,17 +34,18 @@ def grad(y: keras.KerasTensor, x: keras.KerasTensor) -> keras.KerasTensor:
     """Return the gradient of a symbolic tensor with respect to another, as a symbolic tensor.
 
     Pass the result to a loss, to another `grad`, or use it as an output of the model. The gradient
-    uses the layers of `y`. Their state updates once, as for the output `y`.
+    uses the layers of `y`. Layers with state, e.g. `BatchNormalization`, update it once, as if `y`
+    were an output.
 
     Args:
-        y: The tensor to differentiate, floating-point, of any shape. The gradient is that of its
-            sum. For one component, pass `y[:, :1]`.
-        x: A `keras.Input`, or a tensor between an input and `y`, floating-point. Other tensors
-            that `y` depends on are constant.
+        y: The tensor to differentiate, floating-point, of any shape. The gradient is that of the
+            sum of all its elements. For one component, pass `y[:, :1]`.
+        x: A `keras.Input`, or a tensor between an input and `y`, floating-point, of any shape. All
+            other tensors are held constant.
 
     Returns:
-        The gradient of the sum of `y`, with the shape and dtype of `x`. Each sample has its own
-        gradient, unless layers mix the samples of a batch, as batch normalization does.
+        The gradient of the sum of `y`, with the shape and dtype of `x`. Row `i` is the gradient of
+        sample `i`, unless layers mix the samples of a batch, as batch normalization does.
 
     Raises:
         DerivativeError: `y` does not depend on `x`, one of them is not floating-point, or the
@@ -71,17 +73,18 @@ def grad(y: keras.KerasTensor, x: keras.KerasTensor) -> keras.KerasTensor:
 def derivatives(*wanted: Any) -> list[keras.KerasTensor]:
     """Return several derivatives from one evaluation of the layers that they share.
 
-    Each call of `grad` evaluates the layers again. Compilers remove only a part of the repeated
-    work. Eager PyTorch removes none. If layers draw random numbers, e.g. Dropout, only the
-    derivatives of one call share the draw.
+    Each call of `grad` evaluates the layers again. Compilers remove only some of the repeated
+    work. Eager PyTorch removes none. With random layers, e.g. `Dropout`, only the derivatives of
+    one call use the same random mask.
 
     Args:
         *wanted: Tuples `(y, x1, x2, ...)`. `(y, x)` is the gradient of `y` with respect to `x`, and
-            `(y, x, t)` is the gradient of that with respect to `t`. A tensor `y` alone is returned
-            with the same draw. All tensors are as for `grad`.
+            `(y, x, t)` is the gradient of that with respect to `t`. A tensor `y` alone returns `y`,
+            computed in the same evaluation. All tensors are as for `grad`.
 
     Returns:
-        A symbolic tensor for each.
+        A list with a symbolic tensor for each argument. A derivative has the shape and dtype of its
+        last `x`, and `y` its own.
 
     Raises:
         DerivativeError: As for `grad`, or one `x` is computed from another.
@@ -94,6 +97,8 @@ def derivatives(*wanted: Any) -> list[keras.KerasTensor]:
         >>> hidden = keras.layers.Dense(16, "tanh")(keras.layers.concatenate([x, t]))
         >>> u = keras.layers.Dense(1)(hidden)
         >>> u, u_t, u_xx = derivatives(u, (u, t), (u, x, x))
+        >>> u_xx.shape
+        (None, 1)
     """
     paths = [one if isinstance(one, tuple) else (one,) for one in wanted]
     for tensor in (tensor for path in paths for tensor in path or [None]):
@@ -104,8 +109,8 @@ def derivatives(*wanted: Any) -> list[keras.KerasTensor]:
             )
     if not has_derivatives():
         raise DerivativeError(
-            f"Keras's backend {keras.backend.backend()!r} cannot differentiate. Write "
-            "os.environ['KERAS_BACKEND'] = 'jax', 'tensorflow' or 'torch' before import keras."
+            f"Keras's backend {keras.backend.backend()!r} cannot differentiate. Choose another "
+            f"one before importing Keras: {CHOOSE.format('jax')}."
         )
     _check(paths)
     return _differentiate(paths) if any(path[1:] for path in paths) else [y for (y,) in paths]
@@ -116,6 +121,7 @@ def _distinct(tensors: Iterable[Any]) -> list[Any]:
 
 
 def _check(paths: list[tuple[Any, ...]]) -> None:
+    """Raise unless tensors are floats, each `y` depends on its `x`, and no `x` on another."""
     for tensor in (tensor for path in paths for tensor in path):
         if not keras.backend.is_float_dtype(tensor.dtype):
             raise DerivativeError(
@@ -128,15 +134,15 @@ def _check(paths: list[tuple[Any, ...]]) -> None:
         if _depends(x, other):
             raise DerivativeError(
                 f"{format_value(x)} is computed from {format_value(other)}, and derivatives() "
-                f"needs independent variables. Write grad(y, x) for each."
+                "needs independent variables. Write grad(y, x1), grad(y, x2)."
             )
     for y, x in ((y, x) for y, *along in paths for x in along):
         if not _depends(y, x):
             names = listed(tensor.name for tensor in ancestors([y])[0].values())
             raise DerivativeError(
                 f"y, {format_value(y)}, is not computed from x, {format_value(x)}, "
-                f"but from the inputs {names}: the derivative would be zero. Take the output of "
-                "the network for this x, y = network(x), and not network.output."
+                f"but from the inputs {names}: the derivative would be zero. Take the output for "
+                "this x: y = network(x), and not network.output."
             )
 
 
@@ -146,7 +152,7 @@ def _depends(y: Any, x: Any) -> bool:
 
 
 def _sources(call: Any) -> list[Any]:
-    """Return the tensors that the results of a call are computed from."""
+    """Return the tensors from which a call computes its results."""
     is_ours = isinstance(call.operation, Derivatives)
     return list(call.arguments.args[0] if is_ours else call.input_tensors)
 
@@ -188,7 +194,7 @@ def _differentiate(paths: list[tuple[Any, ...]]) -> list[Any]:
 
 
 def undifferentiated(tensor: keras.KerasTensor) -> keras.KerasTensor:
-    """Return the original of a tensor `y` that `derivatives` returned, and others as they are."""
+    """Return `y` computed by its original layers, if `derivatives` returned it, or the tensor."""
     call = ancestor_calls([tensor])[-1]
     if isinstance(call.operation, Derivatives):
         paths = zip(call.operation.program.paths, call.outputs, strict=True)
@@ -202,15 +208,15 @@ def undifferentiated(tensor: keras.KerasTensor) -> keras.KerasTensor:
 class Derivatives(LayerOfOthers):
     """Repeat calls of a graph, and return derivatives of their results.
 
-    The repeated calls change no variables and add no losses. The original calls do, so a model with
-    this layer has to make them: for layers with state, `call` takes their results as well.
+    The repeated calls change no variables and add no losses. The original calls do. If a layer has
+    state, `call` also takes the original results, so that the model computes them.
 
     Args:
         calls: The layer or operation, arguments and keyword arguments of each call, in order. A
             `TensorRef` represents a tensor: first the inputs of this layer, then the results of
             the calls.
         paths: The derivatives `(y, x, ...)`, by the indices of tensors; each `x` is an input.
-        **kwargs: Those of `keras.layers.Layer`.
+        **kwargs: Arguments of `keras.layers.Layer`.
     """
 
     def __init__(self, calls: list[Any], paths: list[Path], **kwargs: Any) -> None:
@@ -226,9 +232,9 @@ class Derivatives(LayerOfOthers):
         self.operations: list[Any] = _distinct(
             itertools.chain(operations, *(one.operations for one in inner))
         )
-        # In a namespace, where Keras does not wrap lists for tracking.
+        # In a namespace, because Keras wraps lists among the attributes of a layer.
         self.program = types.SimpleNamespace(calls=calls, paths=paths)
-        self._is_read = True
+        self._was_called = True  # unless it was loaded: its first call may show that it is damaged
         self._tried_order = 0
 
     def replay(self, inputs: list[Any], training: bool | None = None) -> dict[int, Any]:
@@ -275,7 +281,7 @@ class Derivatives(LayerOfOthers):
         try:
             gradients = differentiate(function, xs, paths)
             if order > self._tried_order and not in_symbolic_scope():
-                # A probe reads no variables around it.
+                # The probe runs in a new scope, so pass the current values.
                 state = [(variable, variable.value) for variable in self.variables]
                 tried = [(*path, path[-1]) if training else path for path in paths if path[1:]]
                 probe(functools.partial(function, state=state), xs, tried)
@@ -283,18 +289,20 @@ class Derivatives(LayerOfOthers):
         except Exception as error:
             function(xs)  # an error without derivatives is the layer's own
             layers = (one for one in self.operations if not isinstance(one, Derivatives))
+            backend = keras.backend.backend()
             raise DerivativeError(
-                f"{keras.backend.backend()} cannot take a derivative of order {order}"
+                f"{backend} cannot take a derivative of order {order}"
                 f"{', which training needs,' if training else ''} through "
                 f"{listed(one.name for one in layers)}: {error} ({type(error).__name__}). "
-                "Use other layers, or another backend."
+                "Replace the layer, or choose another backend before importing Keras: "
+                f"{CHOOSE.format('torch' if backend == 'jax' else 'jax')}."
             ) from error
         return [gradients[path] for path in paths]
 
     def compute_output_spec(self, inputs: Any, originals: Any = (), **kwargs: Any) -> Any:  # noqa: ARG002
-        with contextlib.nullcontext() if self._is_read else reading(_CONFIG):
+        with contextlib.nullcontext() if self._was_called else reading(_CONFIG):
             specs = output_specs(functools.partial(self.call, **kwargs), inputs)
-        self._is_read = True
+        self._was_called = True
         return specs
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
@@ -316,5 +324,5 @@ class Derivatives(LayerOfOthers):
             program = keras.saving.deserialize_keras_object(program)
             program["paths"] = [tuple(path) for path in program["paths"]]
             layer = cls(**{**config, **program})
-        layer._is_read = False  # until a first call finds all that the program names
+        layer._was_called = False
         return layer

@@ -47,11 +47,11 @@ def listed(names: Iterable[str]) -> str:
 
 
 def taken(name: object, known: Collection[str]) -> str:
-    """Return the part of a message about an unknown name that says which names are known."""
-    return f"It takes {listed(known)}.{nearest(str(name), known)}"
+    """Return the end of a message about an unknown name: the known names, and a similar one."""
+    return f"It takes {listed(known)}.{nearest(name, known)}"
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the end of a message about an unknown name: a similar name that is known."""
+def nearest(name: object, known: Iterable[str]) -> str:
+    """Return ` Did you mean ...?` with the known name that is most similar, or `""`."""
     matches = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f" Did you mean {matches[0]!r}?" if matches else ""

@@ -152,9 +152,9 @@ def with_args(
 
     Args:
         fn: A function `fn(y_true, y_pred, ...)`. Keras passes the targets and the predictions by
-            position, as tensors of shape `(batch_size, d0, .. dN)`. All other parameters are
-            passed by name. Defaults and `**extra` are allowed. The function returns losses of
-            shape `(batch_size, d0, .. dN-1)`, or a scalar.
+            position: tensors of shape `(batch_size, d0, .. dN)` and of `dtype`, or nested
+            structures of them. All other parameters are passed by name. Defaults and `**extra` are
+            allowed. The function returns losses of shape `(batch_size, d0, .. dN-1)`, or a scalar.
         name: The name of the losses in logs. The default is the name of the function.
         reduction: How Keras reduces the losses of the samples: `"sum_over_batch_size"`, `"sum"`,
             `"mean"`, `"mean_with_sample_weight"`, `"none"` or `None`.

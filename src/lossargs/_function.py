@@ -22,14 +22,14 @@ _registry: "dict[tuple[type, str], Function]" = {}
 class Function:
     """A function of tensors and extra arguments, inspected once; `key` is its name when saved."""
 
-    kind: ClassVar[str]  # of object that is made of it
-    keyword: ClassVar[str]  # argument of Keras that takes the object
+    kind: ClassVar[str]  # of the objects that the decorator makes
+    keyword: ClassVar[str]  # the argument of Keras that takes such an object
     decorator: ClassVar[str]
     tensors: ClassVar[tuple[str, ...]]  # its first parameters
     reserved: ClassVar[tuple[str, ...]]  # names that no extra parameter can have
     library: ClassVar[Any] = None  # a module of Keras whose functions are found in any process
 
-    is_internal = False  # whether its arguments are given only when it is bound
+    is_internal = False  # True for sums and the like: no arguments from calls and batches
     format: Callable[[Mapping[str, Any]], str] | None = None  # bound arguments for `repr`
 
     def __init__(self, fn: Callable[..., Any], package: str | None = None) -> None:
@@ -76,7 +76,7 @@ class Function:
 
     @classmethod
     def find(cls, key: str, module: str) -> Self:
-        """Return the function that a file names; `module` defined it when it was saved."""
+        """Return the function of a saved name; `module` defined it when the file was saved."""
         package, _, name = key.partition(">")
         # From custom_objects={...} of `load_model`.
         fn = next(filter(None, map(keras.saving.get_registered_object, (key, name))), None)
@@ -89,13 +89,13 @@ class Function:
             return cls.of(fn)
         raise SavingError(
             f"The saved {cls.kind} uses the function {key!r}, which this process does not know. "
-            f"Before loading, import the module that gives it to {cls.decorator} ({module!r} "
-            f"defined it). If it moved, load with custom_objects={{{key!r}: ...}}."
+            f"Before loading, import the module that gives it to {cls.decorator}: import {module}. "
+            f"If it moved: load_model(path, custom_objects={{{key!r}: ...}})."
             f"{nearest(key, [known for kind, known in _registry if kind is cls])}"
         )
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments of `factory(*args, **kwargs)` by name; none is required."""
+        """Return the arguments of `factory(*args, **kwargs)` by name; all may be missing."""
         for name in kwargs:
             if not self.takes(name):
                 raise ArgumentError(
@@ -127,7 +127,7 @@ class Function:
         """Return copies of arguments for an object to hold, in the order of the function.
 
         Raises:
-            ArgumentError: A value can be neither followed nor bound as a constant.
+            ArgumentError: A value is neither live nor a valid constant.
         """
         names = [name for name in dict.fromkeys((*self._named, *args)) if name in args]
         return {name: bind_value(args[name], f"{name!r} of {self.name}()") for name in names}
@@ -185,8 +185,8 @@ class Function:
         if [*map(_source, self._unwrapped)] != [*map(_source, registered._unwrapped)]:
             raise SavingError(
                 f"{self.name} was defined again, with other code, after this {self.kind} was "
-                f"bound: {self.key!r} is the new function. Bind and compile with that one, or "
-                "rename one of them."
+                f"bound: {self.key!r} is the new function. Bind and compile with that one, "
+                f"{self.keyword}={self.name}(...), or rename one of them."
             )
 
     def _is_at_its_place(self) -> bool:
@@ -220,6 +220,7 @@ class Function:
                 raise TypeError("it is not a function")
             signature = inspect.signature(self.fn)
             parameters = list(signature.parameters.values())
+            # A first parameter `self` means a method that was taken from its class.
             first = [p.kind <= p.POSITIONAL_OR_KEYWORD and p.name != "self" for p in parameters]
             if first[:count] != [True] * count:
                 raise TypeError(f"{self.name}{signature} cannot be called as {call}")
@@ -237,7 +238,7 @@ class Function:
         return signature
 
     def _home(self) -> tuple[str, str, str | None]:
-        """Return the module and qualified name for another process, and the file."""
+        """Return the module and name for an import in another process, and the file."""
         qualname = getattr(self.fn, "__qualname__", type(self.fn).__qualname__)
         names = getattr(self._unwrapped[-1], "__globals__", {})
         module, file, spec = self.fn.__module__, names.get("__file__"), names.get("__spec__")
@@ -276,7 +277,7 @@ def _unpickled(cls: type[Function], place: str, package: str | None) -> Function
 
 
 def _unwrapped(fn: Any) -> list[Any]:
-    """Return the function, and the ones that its decorators hold."""
+    """Return the function, and the functions that it wraps (`__wrapped__`)."""
     found = [fn]
     while hasattr(found[-1], "__wrapped__") and not isinstance(found[-1], functools.partial):
         found.append(found[-1].__wrapped__)

@@ -28,9 +28,9 @@ class Inputs:
     weight: Any  # of the samples, or `None`
     values: Sequence[StepValues]  # carried by the predictions
     step: Step | None  # that is running; `None` in a user's own loop
-    # `None` where a compiler merges equal computations, or there are none.
+    # `None` if no loss is evaluated twice, or if the compiler merges equal computations.
     memo: dict[Any, Any] | None = None
-    # Predictions and values of losses of terms, whose rules must run once per step.
+    # By loss: predictions and reduced value, so that rules of `balance` run once per step.
     reduced: dict[Any, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
     # Of losses that compute the weights of their terms.
     term_weights: dict[Any, Any] = dataclasses.field(default_factory=dict)
@@ -41,7 +41,7 @@ class Inputs:
         is_symbolic = in_symbolic_scope()
         values = [] if is_symbolic else get_step_values(y_pred)
         step = values[0].step if values else running_step()
-        # TensorFlow runs this code only in a trace. The others build the model first.
+        # Check once: TensorFlow in the trace, the other backends in the symbolic build.
         if loss.holds_live and (is_symbolic or keras.backend.backend() == "tensorflow"):
             _refuse_metrics(loss)
         if not isinstance(sample_weight, Mapping):
@@ -69,7 +69,7 @@ class Inputs:
         """Keep the losses of the samples of a loss, for the same targets and predictions."""
         if self.memo is not None:
             loss, y_true, y_pred = key
-            # With the tensors, whose ids must stay theirs.
+            # Keep the tensors, so that their ids are not reused.
             self.memo[loss, self._id(y_true), self._id(y_pred)] = (values, y_true, y_pred)
 
     def recall(self, key: tuple[Any, Any, Any]) -> Any:
@@ -80,7 +80,7 @@ class Inputs:
         return self.memo.get((loss, self._id(y_true), self._id(y_pred)), [None])[0]
 
     def identify(self, converted: Any, tensor: Any) -> None:
-        """Note that a tensor is another one, converted for a function."""
+        """Note that `converted` has the identity of `tensor`, from which it was converted."""
         if self.memo is not None and converted is not tensor:
             self.memo[id(converted)] = (self._id(tensor), converted)
 
@@ -93,28 +93,28 @@ def _refuse_metrics(loss: Any) -> None:
     step = running_step()
     if step is not None and step.method == "compute_metrics":
         raise AttachError(
-            f"{loss!r} has live arguments, and was given to compile as a metric. Metrics are "
-            "computed outside the step of the model, where these have no value. Let the model "
-            "track it: attach(..., loss, track=[this one])."
+            f"{loss!r} has live arguments, and was given to compile as a metric, where they "
+            "have no value. Track it instead: attach(model, loss, track=[metric_loss])."
         )
 
 
 def _check_batch(batch: Mapping[str, Any], loss: Any) -> None:
-    """Raise for an entry that no function takes, or that no tensor can be made of."""
-    losses, name = (loss, *loss.inner_losses), loss.title
+    """Raise for an entry that no function takes, or that cannot become a tensor."""
+    losses, name, function = (loss, *loss.inner_losses), loss.title, loss.loss_function
+    code = "f" if function.is_internal else function.name
     for key in batch:
         if not any(one.takes(key) for one in losses):
             known = list(dict.fromkeys(known for one in losses for known in one.parameters))
             raise BatchError(
                 f"The batch (third element of the data) has an entry {key!r}, which {name} does "
-                f"not take. {taken(key, known)} Leave it out. If several losses read one batch, "
-                "add **extra to the parameters."
+                f"not take. {taken(key, known)} Leave it out. If several losses read one batch: "
+                f"def {code}(y_true, y_pred, **extra): ..."
             )
     for key, value in batch.items():
         if value is None:
             raise BatchError(
                 f"The batch entry {key!r} for {name} is None. Leave it out to use the bound or "
-                "default value, or give an array."
+                f"default value, or write sample_weight={{{key!r}: array}}."
             )
         if getattr(getattr(value, "dtype", None), "kind", "") in ("O", "S", "U"):
             raise BatchError(

@@ -53,7 +53,8 @@ class LossArgs(keras.Layer):
         **kwargs: Arguments of `keras.layers.Layer`, e.g. `name`.
 
     Raises:
-        AttachError: A loss was not made by a factory, or two losses have one name.
+        AttachError: A loss is not a bound loss, or two losses have one name. Or an argument is an
+            attached model.
 
     Examples:
         >>> import keras
@@ -108,11 +109,11 @@ class LossArgs(keras.Layer):
 
     @property
     def metrics(self) -> list[Any]:
-        """The metrics of this layer. A model asks the layers within it too."""
+        """The metrics of this layer only. Keras collects those of its sublayers separately."""
         logs = self._logs.value
         return [logs] if logs.losses or logs.values else []
 
-    # No properties: Keras looks for weights in the values of all properties.
+    # Methods, not properties: `model.save` looks for weights in the values of all properties.
     def get_losses(self) -> Mapping[BoundLoss, Any]:
         """Return the losses that receive values from this layer, with trees of their adapters."""
         return self._args.losses
@@ -151,9 +152,9 @@ class LossArgs(keras.Layer):
         """Return the predictions, which carry the arguments of the loss for this step.
 
         Args:
-            y_pred: The predictions, one tensor.
-            tensors: The values of symbolic tensors among the arguments. `attach` gives them.
-            given: `named` in one dict. Saved graphs give it.
+            y_pred: The predictions, one tensor of any shape and dtype.
+            tensors: The values of symbolic tensors among the arguments. `attach` passes them.
+            given: The same as `**named`, in a dict. Keras passes it when it repeats a graph.
             training: The value of an argument of that name, if a loss has one. Otherwise ignored:
                 the step, or the `training` of the call around this one, tells whether the model is
                 trained.
@@ -163,16 +164,18 @@ class LossArgs(keras.Layer):
             The predictions, in a new tensor.
 
         Raises:
-            AttachError: No loss takes a name, a symbolic tensor has no value, or there are several
-                tensors of predictions.
+            AttachError: No loss takes a name, a symbolic tensor has no value, or `y_pred` is not
+                one tensor. Or the model was compiled with another loss.
         """
         if not isinstance(y_pred, keras.KerasTensor) and not keras.ops.is_tensor(y_pred):
             raise AttachError(
                 f"LossArgs({self.loss!r}) was called with a {type(y_pred).__name__}, and takes the "
-                "one tensor that goes to its loss. For several outputs make one layer for each."
+                "one tensor that goes to its loss. For several outputs, write one layer each: "
+                "self.loss_a(y_a), self.loss_b(y_b)."
             )
+        # `given` is `None` in a call by the user, whose `training` may be for a loss.
         if given is None and training is not None and self._args.takes("training"):
-            named["training"], training = training, None  # the user's argument, not Keras's
+            named["training"], training = training, None
         # In one dict: Keras would take an argument `mask` for a mask.
         given = {**(given or {}), **named}
         if isinstance(y_pred, keras.KerasTensor):
@@ -199,7 +202,7 @@ class LossArgs(keras.Layer):
             self._args.check_call(tensors, given)
             if step is not None and step.model is not None:
                 self._prepare_once(step)
-        except LossArgsError:
+        except LossArgsError:  # the checks raise no others
             give_variables_back()
             raise
         self._given.update(given)
@@ -212,13 +215,13 @@ class LossArgs(keras.Layer):
             read.append(by_adapter.get(adapter, tensor))
         with ReadScope(copies=True):
             read = [one.read(tensor) for one, tensor in zip(self.adapters, read, strict=True)]
-        # In a user's own loop, the loss may be evaluated where variables cannot be assigned.
+        # In a user's own loop, variables may not be assignable in the loss. So compute values here.
         is_own_loop = step is None or not step.keeps_state
         training = called_for_training(self) if is_own_loop else bool(step and step.training)
         values = StepValues(self._reference, read, given, step, training)
         if is_own_loop:
             values.compute_once()
-            values.elsewhere = values_in_scope(values.state()) if step is None else []
+            values.forward_values = values_in_scope(values.state()) if step is None else []
             if training:
                 values.finish_step()
         return set_step_values(y_pred, values)
@@ -240,7 +243,7 @@ class LossArgs(keras.Layer):
         return [*self.get_losses()[loss], *(name for name in self._given if loss.takes(name))]
 
     def losses_to_log(self, values: StepValues) -> list[BoundLoss]:
-        """Return the terms and tracked losses to evaluate in a step."""
+        """Return the terms and tracked losses to log; none where variables cannot be assigned."""
         is_logged = values.step is not None and variables_can_be_assigned()
         return [loss for loss, _ in self._args.tracked] if is_logged else []
 
@@ -284,7 +287,8 @@ class LossArgs(keras.Layer):
         """Check this layer, and name its logs, before the first step of a model that it is in.
 
         Raises:
-            AttachError: The model has another loss, or two names in its logs are equal.
+            AttachError: The model has another loss, two names in its logs are equal, or a layer
+                among the arguments has no weights yet.
         """
         compiled = [one for one in keras.tree.flatten(model.loss) if one is not None]
         # An attached model may be a part of another one, as a teacher is.
@@ -292,9 +296,9 @@ class LossArgs(keras.Layer):
         if is_own and compiled and self.loss not in compiled:
             raise AttachError(
                 f"{model.name!r} is attached to {self.loss!r}, and was compiled with "
-                f"{', '.join(map(repr, compiled))}. Give the same loss to both. A loaded or "
-                "cloned model has its own: the `loss` of its LossArgs layer. For another loss, "
-                "take the old one out first: detach(model)."
+                f"{', '.join(map(repr, compiled))}. Compile with the attached loss, also of a "
+                f"loaded or cloned model: model.get_layer({self.name!r}).loss. For another loss: "
+                "model = attach(model, loss)."
             )
         for one in self._args.live:
             if isinstance(one.adapter, LayerAdapter):
@@ -304,7 +308,7 @@ class LossArgs(keras.Layer):
             self.note_weights_of(model.layers)
 
     def note_weights_of(self, layers: Iterable[Any]) -> None:
-        """Let the layers of a graph save the arguments that are their weights."""
+        """Let a layer of the graph save the bound variable that is one of its weights."""
         owners: dict[int, Any] = {}
         for layer in layers:
             inside = [one for one in flat_layers(layer) if not isinstance(one, Adapter)]
@@ -323,14 +327,14 @@ class LossArgs(keras.Layer):
         """Return the config from which `from_config` makes this layer again.
 
         Raises:
-            SavingError: The file or the copy would lose something.
+            SavingError: The saved model or the copy would not equal this model.
         """
         if self.unsaved:
             raise SavingError(f"The model of {self.loss!r} cannot be saved: {self.unsaved}")
         if in_legacy_saving():
             raise SavingError(
-                f"{self.loss!r} cannot be saved in the legacy HDF5 format, which knows no live "
-                'arguments. Save the model in the Keras format, model.save("model.keras").'
+                f"{self.loss!r} cannot be saved in the legacy HDF5 format, which cannot store "
+                'live arguments. Write model.save("model.keras").'
             )
         for one in self._args.live:
             if one.adapter in self._shared.value and not in_sharing_scope():
@@ -340,8 +344,8 @@ class LossArgs(keras.Layer):
                     "and load the model, or clone detach(model)."
                 )
         config = super().get_config()
-        del config["dtype"]
-        # As objects: Keras then finds the ones that several layers share.
+        del config["dtype"]  # which `__init__` sets
+        # Objects, not configs, so that Keras writes a shared object once.
         new = None if self.new_inputs is None else list(self.new_inputs)
         return {**config, "loss": self.loss, "track": list(self.track), "new_inputs": new}
 

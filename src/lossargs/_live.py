@@ -42,8 +42,8 @@ class Adapter(keras.Layer):
     """Base class for kinds of live arguments.
 
     An adapter is a Keras layer. Create its weights in `__init__` with `add_weight`. The model
-    saves, distributes and trains them. Bind an instance to an argument of a loss. Or set `adapts`
-    to a type, whose instances can then be bound directly.
+    saves, distributes and trains them. Pass an adapter as an argument of a loss. Or set `adapts` to
+    a type: then instances of this type can be passed.
 
     Args:
         tensor: The symbolic tensor whose values the method `value` receives in each step, if any.
@@ -54,15 +54,15 @@ class Adapter(keras.Layer):
 
     Attributes:
         adapts: A type. Binding an instance of it creates the adapter `cls(instance)`.
-        reads_tensor: Whether `value` needs a tensor of the batch. This is `tensor`, or the tensor
-            that a call of `LossArgs` gives for the argument.
+        reads_tensor: Whether `value` needs a tensor of the batch: the constructor argument
+            `tensor`, or the argument of the `LossArgs` call.
         shape: The shape of the value, if it is known. A scalar, `()`, is logged.
 
     Examples:
         An exponential moving average of the mean of a tensor:
 
         >>> import keras
-        >>> from lossargs import Adapter
+        >>> from lossargs import Adapter, with_args
         >>> @keras.saving.register_keras_serializable("docs")
         ... class MovingAverage(Adapter):
         ...     reads_tensor, shape = True, ()
@@ -81,7 +81,11 @@ class Adapter(keras.Layer):
         ...     def get_config(self):
         ...         return {**super().get_config(), "decay": self.decay}
         >>> rewards = keras.Input((), name="rewards")
-        >>> baseline = MovingAverage(rewards, decay=0.99)  # loss = policy_loss(baseline=baseline)
+        >>> @with_args
+        ... def policy_loss(y_true, y_pred, *, baseline):
+        ...     return -y_pred * (y_true - baseline)
+        >>> policy_loss(baseline=MovingAverage(rewards, decay=0.99))
+        policy_loss(baseline=<MovingAverage>)
     """
 
     adapts: ClassVar[type | None] = None
@@ -112,14 +116,15 @@ class Adapter(keras.Layer):
         self.built = True
 
     def read(self, tensor: Any) -> Any:
-        """Return the input of `value`, in the forward pass."""
+        """Return the input of `value` and `finish_step`; called once per forward pass."""
         return tensor
 
     def value(self, tensor: Any, training: bool) -> Any:
         """Return the value for the loss. Called once per step.
 
-        In `fit`, this is when the loss is evaluated, in your own loop in the forward pass. Assign
-        the state of the adapter here if `training`, or in `finish_step`.
+        In `fit`, the evaluation of the loss calls it. In your own loop, the forward pass does. If
+        `training`, assign state here that the value depends on. Assign other state in
+        `finish_step`.
 
         Args:
             tensor: The result of `read`: by default the values of the tensor that this adapter
@@ -132,7 +137,7 @@ class Adapter(keras.Layer):
         raise NotImplementedError(f"{type(self).__name__} does not define `value`.")
 
     def finish_step(self, tensor: Any) -> None:
-        """Advance the state after the loss of a training step was evaluated."""
+        """Advance the state after a training step; `tensor` is the result of `read`."""
 
     @classmethod
     def of(cls, value: Any) -> "Adapter":
@@ -156,7 +161,7 @@ class Adapter(keras.Layer):
         """Return the arguments of the constructor that Keras knows.
 
         Raises:
-            SavingError: The constructor has others, and the class does not define `get_config`.
+            SavingError: `__init__` has others, and the class does not override `get_config`.
         """
         _, *parameters = inspect.signature(type(self).__init__).parameters.values()
         if self.adapts is not None and parameters:
@@ -173,7 +178,7 @@ class Adapter(keras.Layer):
         config: dict[str, Any] = super().get_config()
         return config
 
-    # No property: Keras looks for weights in the values of all properties.
+    # A method: `model.save` looks for weights in the values of all properties.
     def get_bound_value(self) -> Any:
         """Return the value that a loaded loss holds for this adapter."""
         return self
@@ -190,6 +195,7 @@ def adapter_of(value: Any) -> Adapter:
     """Return the adapter of a live value."""
     if isinstance(value, Adapter):
         return value
+    # The adapter that was defined last counts, if those of a class and its base class fit.
     kind = next(kind for kind in reversed(_adapters) if isinstance(value, kind))
     return _adapters[kind].of(value)
 
@@ -228,7 +234,7 @@ class StepValues:
     training: bool
     values: list[Any] | None = None  # of each adapter, once they are computed
     # Variables with the values that `stateless_call` gave them in the forward pass.
-    elsewhere: list[tuple[keras.Variable, Any]] = dataclasses.field(default_factory=list)
+    forward_values: list[tuple[keras.Variable, Any]] = dataclasses.field(default_factory=list)
 
     def layer(self) -> Any:
         """Return the layer, or `None` if it is gone."""

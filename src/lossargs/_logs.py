@@ -21,7 +21,7 @@ class LogItem:
 
 
 class Logs(keras.Metric):
-    """Logs the mean of each loss over the samples, and the last value of each other item.
+    """Log the mean of each loss over the samples, and the last value of each other item.
 
     All are NaN before the first step. One metric for all items makes few updates per step.
 
@@ -126,9 +126,9 @@ def names_of(
 ) -> list[tuple[str, Any]]:
     """Return what the `LossArgs` layers of a model log, by the names in the logs.
 
-    Names of a sum are prefixed with the output, where there are several. A name of several values
-    is prefixed with the name of the loss. If that is not enough, as in two attached models that are
-    parts of one, the name of the layer is the prefix.
+    Names of a sum get the output as a prefix, if there are several outputs. Names of live values
+    that clash get the name of the loss as a prefix. If these clash too, they get the name of the
+    layer instead, e.g. for two attached models that are parts of one.
 
     Args:
         layers: The layers.
@@ -170,6 +170,11 @@ def names_of(
     used = [*others, *(name for name, _ in distinct), *(name for name, _ in items)]
     check_names(used, "Live arguments")
     return [*named, *items]
+
+
+def check_log_names(outputs: Mapping[Any, str]) -> None:
+    """Raise if new layers, given with the names of their outputs, would log under equal names."""
+    names_of(outputs, outputs=outputs, by_layer=False)
 
 
 def settle_names(model: keras.Model) -> None:

@@ -48,8 +48,8 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
         self.inner_losses = tuple(self._find_inner_losses())  # at any depth
         # Whether this loss, or one among its arguments, has live arguments.
         self.holds_live = any(loss.live_names for loss in (self, *self.inner_losses))
-        self.layers: weakref.WeakSet[Any] = weakref.WeakSet()  # those that give it values
-        self.checked_models: weakref.WeakSet[Any] = weakref.WeakSet()  # by what it reads
+        self.layers: weakref.WeakSet[Any] = weakref.WeakSet()  # `LossArgs` layers that hold it
+        self.checked_models: weakref.WeakSet[Any] = weakref.WeakSet()  # for what it reads
         self._frozen = True
 
     @classmethod
@@ -65,16 +65,16 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
         """Return the loss with these arguments: an existing equal one, or a new one.
 
         Raises:
-            ArgumentError: A value can be neither followed nor bound as a constant.
+            ArgumentError: A value is neither live nor a valid constant.
         """
-        taken = function.bind_values(args)
+        bound = function.bind_values(args)
         options = {"name": name, "reduction": reduction, "dtype": dtype or keras.config.floatx()}
-        values = tuple((name, cache_key(value)) for name, value in taken.items())
+        values = tuple((name, cache_key(value)) for name, value in bound.items())
         key = (function, values, *options.values())
         with _interned_lock:
             loss: Self | None = _interned.get(key)
             if loss is None:
-                loss = _interned[key] = cls(function, taken, options, key)
+                loss = _interned[key] = cls(function, bound, options, key)
         return loss
 
     @property
@@ -88,13 +88,15 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
         """Return this loss with some arguments changed.
 
         Args:
-            **changes: Extra arguments of the function, by name.
+            **changes: Extra arguments of the function, by name. In a sum, each changes all terms
+                that take it.
 
         Returns:
             The new loss. This one stays unchanged.
 
         Raises:
-            ArgumentError: The function does not take a name, or a value cannot be bound.
+            ArgumentError: The function, or each term of a sum, does not take a name. Or a value
+                cannot be bound.
 
         Examples:
             >>> import keras
@@ -115,7 +117,7 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
             for place, leaf in live_leaves(value):
                 yield name, label_of(self, name, place), leaf
 
-    def live_args(self, convert: Callable[[Any], Any]) -> dict[str, Any]:
+    def map_live_args(self, convert: Callable[[Any], Any]) -> dict[str, Any]:
         """Return the arguments that hold live values, with each leaf converted."""
         return {name: map_leaves(self.bound_args[name], convert) for name in self.live_names}
 
@@ -162,22 +164,31 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
         """Return the loss of a batch.
 
         Args:
-            y_true: The targets, shape `(batch_size, d0, .. dN)`, or nested ones. `None` if there
-                are no targets.
-            y_pred: The predictions, of the same structure.
+            y_true: The targets, shape `(batch_size, d0, .. dN)`, or a nested structure of tensors.
+                `None` if there are no targets. Keras converts them to `self.dtype`.
+            y_pred: The predictions, of the same structure. Keras converts them to `self.dtype`.
             sample_weight: Weights that broadcast to the loss of each sample. Or a dict of batch
                 entries by name, in which the key `"sample_weight"` holds the weights.
             **extra: Extra arguments for this call only. They take precedence over all others.
 
         Returns:
-            The loss, reduced by `self.reduction`. A scalar, or one number for each sample.
+            The loss, a tensor of `self.dtype`, reduced by `self.reduction`: a scalar, or losses of
+            shape `(batch_size, d0, .. dN-1)`.
 
         Raises:
             ArgumentError: An argument is missing or unknown, or the function reads a variable that
                 it was not given.
-            AttachError: A live argument has no value, because the predictions do not come from an
-                attached model.
+            AttachError: A live argument has no value: the model is not attached, or is attached to
+                another loss. Or a metric of `compile` has live arguments.
             BatchError: A batch entry is unknown, has a wrong shape, or would weight a metric.
+            LossArgsError: `fit` runs in several processes of `torch.distributed`.
+
+        Examples:
+            >>> import keras
+            >>> from lossargs import with_args
+            >>> loss = with_args(keras.losses.huber)(delta=2.0)
+            >>> float(loss([[1.0]], [[4.0]]))
+            4.0
         """
         try:
             inputs = Inputs.of(self, y_pred, sample_weight)
@@ -185,13 +196,13 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
                 return build(Call.reduced(self, inputs, extra), y_true, y_pred)
             layers = [(one, one.layer()) for one in inputs.values]
             layers = [(one, layer) for one, layer in layers if layer and layer.loss is self]
-            # In the same order in every process.
+            # In the same order in every process, whose collective operations must match.
             logged = [loss for one, layer in layers for loss in layer.losses_to_log(one)]
             losses = dict.fromkeys([*logged, self])
             if len(losses) > 1 or self.inner_losses:
                 inputs = inputs.sharing()
             values = {}
-            # A loss may be an inner loss of another one, which then finds it computed.
+            # A loss may be an inner loss of another one, which then reuses the result.
             for loss in sorted(losses, key=lambda loss: len(loss.inner_losses)):
                 if loss is self or loss in self.inner_losses:
                     call = Call.reduced(loss, inputs, extra if loss is self else None)
@@ -209,14 +220,14 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
         return values[self]
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        """Return the loss of each sample, before weights and reduction."""
+        """Return the losses before weights and reduction; a scalar of a balanced loss."""
         return Call(self, Inputs.of(self, y_pred, None)).evaluate(y_true, y_pred)
 
     def get_config(self) -> dict[str, Any]:
         """Return the config from which `from_config` makes this loss again.
 
         Raises:
-            SavingError: The function or a value could not be loaded again.
+            SavingError: The function or a value cannot be saved so that it loads again.
         """
         saved = self.loss_function.get_config(self.bound_args, encode_live)
         return {**self.get_options(), **saved}
@@ -236,7 +247,7 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
                 "dtype": checked(config, "dtype", str, type(None)),
             }
             unknown = set(config) - {"function", "module", "args", *options}
-            if unknown:  # what it asks for would not be done
+            if unknown:  # to ignore them could change the loss
                 raise ValueError(f"it has entries that are unknown here, {listed(sorted(unknown))}")
             return cls.of(*LossFunction.from_config(config, decode_live), **options)
 
@@ -273,7 +284,8 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
             for one in (self, *self.inner_losses):
                 for name, _, leaf in one.live_leaves():
                     if isinstance(leaf, (keras.Layer, keras.random.SeedGenerator)):
-                        encode(leaf, f"{name!r} of {one.loss_function.name}()")  # raises
+                        # Raises: a pickle would copy the object.
+                        encode(leaf, f"{name!r} of {one.loss_function.name}()")
             return type(self).from_config, (self.get_config(),)
         return _unpickled, (self.loss_function, self.bound_args, self.get_options())
 
@@ -298,7 +310,7 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
         )
 
     def __array__(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse to be a number, which Keras and backends ask of unknown objects."""
+        """Raise: backends call this to use a loss as a tensor, e.g. in `variable * loss`."""
         function = self.loss_function
         is_made = not function.is_internal
         call = f" For compile, call the factory: loss={function.name}(...)." if is_made else ""
@@ -315,7 +327,7 @@ def _unpickled(function: LossFunction, args: dict[str, Any], options: dict[str, 
 
 
 def check_is_bound(loss: Any) -> None:
-    """Raise unless a factory made the loss."""
+    """Raise unless the loss is a bound loss."""
     if not isinstance(loss, BoundLoss):
         raise AttachError(
             f"{loss!r} is not a loss with arguments. Make one: with_args(function)(...), for "

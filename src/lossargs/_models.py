@@ -29,7 +29,8 @@ from lossargs._serialization import reading
 class AttachedModel(keras.Model):
     """A Functional model whose outputs keep the names that they had before `attach`.
 
-    Keras names the outputs in a list after their layers, which are all `LossArgs`.
+    Keras names the outputs in a list after their layers, which are all `LossArgs`. The constructor
+    of `keras.Model` makes the class Functional.
     """
 
     _predictor = Untracked(None)  # made by the first `predict`
@@ -54,7 +55,7 @@ class AttachedModel(keras.Model):
         return self._predictor.value.call(inputs, training=training, mask=mask)
 
     def get_config(self) -> dict[str, Any]:
-        """Return what `from_config` needs, in which layers of the losses are shared."""
+        """Return the config, in which layers that losses and graph share are written once."""
         share_layers(layers_of(self))
         config: dict[str, Any] = super().get_config()
         return config
@@ -74,17 +75,17 @@ class AttachedSequential(keras.Sequential):
     """A Sequential model with a loss attached."""
 
     def get_config(self) -> dict[str, Any]:
-        """Return what `from_config` needs, in which layers of the losses are shared."""
+        """Return the config, in which layers that losses and graph share are written once."""
         share_layers(layers_of(self))
         config: dict[str, Any] = super().get_config()
         return config
 
 
 def share_layers(layers: Iterable[Any]) -> None:
-    """Let layers in the losses of `LossArgs` layers be written as shared with those of the graph.
+    """Write the layers in the losses first, so that Keras marks them as shared with the graph.
 
     Keras marks a config as shared when it writes the object again. The config of a layer within a
-    layer of the graph is copied before that: so this function writes all of them first.
+    layer of the graph is copied before that.
     """
     for adapter in (one for layer in layers for one in layer.adapters):
         if in_sharing_scope() and isinstance(adapter, LayerAdapter):
@@ -112,6 +113,7 @@ def functional_like(model: Any, inputs: Any, outputs: Any) -> Any:
 
 
 def sequential_like(model: Any, layers: list[Any]) -> Any:
+    """Return a model of the same class, with the same state, of these layers."""
     if not keeps_constructor(model, keras.Sequential):
         raise AttachError(
             f"attach() and detach() cannot rebuild {described(model)}, because its class defines "
@@ -145,4 +147,5 @@ def names_of_outputs(outputs: Any) -> list[str]:
 
 
 def described(model: Any) -> str:
+    """Return the name and the class of a model for a message."""
     return f"{model.name!r} ({type(model).__name__})"

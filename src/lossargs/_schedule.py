@@ -29,8 +29,8 @@ class ScheduleFunction(Function):
 class BoundSchedule(keras.optimizers.schedules.LearningRateSchedule):
     """A learning rate schedule that calls its function with the bound arguments.
 
-    Made by calling a schedule factory (see `schedule`), never directly. Schedules of the same
-    function with equal arguments are equal.
+    Call a schedule factory (see `schedule`) to create it. Schedules of the same function with equal
+    arguments are equal.
     """
 
     def __init__(self, function: ScheduleFunction, args: dict[str, Any]) -> None:
@@ -62,10 +62,10 @@ class BoundSchedule(keras.optimizers.schedules.LearningRateSchedule):
                 16,777,216.
 
         Returns:
-            A scalar tensor.
+            A scalar tensor, of the dtype that the function returns.
 
         Raises:
-            ArgumentError: The function reads a variable, or returns no scalar.
+            ArgumentError: The function reads a variable, or does not return a scalar.
         """
         step = keras.ops.cast(keras.ops.convert_to_tensor(step), "float32")
         args = {name: to_tensors(one, "float32", name) for name, one in self.bound_args.items()}
@@ -85,7 +85,7 @@ class BoundSchedule(keras.optimizers.schedules.LearningRateSchedule):
         """Return what `from_config` needs to make this schedule again.
 
         Raises:
-            SavingError: The function or a value could not be found or read again.
+            SavingError: The function or a value cannot be saved so that it loads again.
         """
         return self.schedule_function.get_config(self.bound_args, lambda leaf: leaf)
 
@@ -123,7 +123,7 @@ def _decode(config: dict[str, Any]) -> Any:
 class ScheduleFactory(Factory[P]):
     """A factory of schedules, made by `schedule`. Calling it binds extra arguments.
 
-    `__wrapped__` is the function.
+    `__wrapped__` is the function. `inspect.signature` returns the extra parameters.
     """
 
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> BoundSchedule:
@@ -138,6 +138,12 @@ class ScheduleFactory(Factory[P]):
 
         Raises:
             ArgumentError: An argument is missing, unknown, given twice, or cannot be bound.
+
+        Examples:
+            >>> from lossargs import schedule
+            >>> linear = schedule(lambda step, slope: slope * step)
+            >>> float(linear(slope=0.25)(8))
+            2.0
         """
         return BoundSchedule(self.function, self.function.bind(args, kwargs))
 
@@ -158,10 +164,11 @@ def schedule(fn: Callable[..., Any] | None = None, /, *, package: str | None = N
     """Return a factory of learning rate schedules for a function of the training step.
 
     Args:
-        fn: A function `fn(step, ...)`. `step` is a scalar tensor, float32. Further parameters have
-            names. Defaults and `**extra` are allowed. The function returns a scalar.
+        fn: A function `fn(step, ...)`. It receives the step by position, as a scalar float32
+            tensor. All other parameters are passed by name. Defaults and `**extra` are allowed. The
+            function returns a scalar.
         package: The prefix of the saved name of the function. The default is the name of its
-            module.
+            module. Set it so that files load after the function moves to another module.
 
     Returns:
         The factory. Calling it with the further arguments returns a

@@ -1,4 +1,4 @@
-"""Bound values in configs: written as JSON, and read back without trust in the file."""
+"""Bound values in configs: written as JSON, and read from files that are not trusted."""
 
 import base64
 import contextlib
@@ -53,10 +53,11 @@ def encode(value: Any, where: str, encode_live: Callable[[Any], Any] | None = No
     except SavingError:
         raise
     except Exception as error:
+        is_loss = isinstance(value, keras.losses.Loss)
+        plain = "with_args(keras.losses.huber)()" if is_loss else "plain values"
         raise SavingError(
-            f"{where} is {value!r}, which does not load as it was: {error}. Give plain values, or "
-            "with_args(keras.losses.huber)(). Or define `__eq__`, and register its class or "
-            "function with @keras.saving.register_keras_serializable()."
+            f"{where} is {value!r}, which does not load as it was: {error}. Give {plain}. Or "
+            "define `__eq__`, and register it with @keras.saving.register_keras_serializable()."
         ) from error
 
 
@@ -79,7 +80,9 @@ def reading(what: str) -> Iterator[None]:
     try:
         yield
     except ArgumentError as error:
-        raise SavingError(f"{what} does not fit its function: {error}") from error
+        raise SavingError(
+            f"{what} does not match the signature of its function: {error}"
+        ) from error
     except LossArgsError:
         raise
     except Exception as error:
@@ -90,7 +93,8 @@ def reading(what: str) -> Iterator[None]:
 def damaged(what: str, reason: str) -> SavingError:
     """Return the error for a part of a file that cannot be read."""
     return SavingError(
-        f"{what} cannot be read: {reason}. The file is damaged, or from a newer lossargs."
+        f"{what} cannot be read: {reason}. The file is damaged, or from a newer lossargs: "
+        "python -m pip install --upgrade lossargs."
     )
 
 
@@ -156,7 +160,7 @@ def load_object(config: Any, *kinds: type) -> Any:
     """Return the object of one of these classes that a config of Keras describes.
 
     Keras imports the modules that a config names, so this function finds the class first. With
-    `object`, any class that defines equality is allowed. An object returns another one like it.
+    `object`, any class that defines equality is allowed. If `config` is an object, copy it.
     """
     if not isinstance(config, dict):
         config = keras.saving.serialize_keras_object(config)
@@ -166,6 +170,7 @@ def load_object(config: Any, *kinds: type) -> Any:
         cls = keras
         for part in (*module.split(".")[1:], name):
             cls = getattr(cls, part, None) if isinstance(cls, types.ModuleType) else None
+    # Names such as `__class__` lead to classes that are not of Keras.
     right = isinstance(cls, type) and not name.startswith("__") and issubclass(cls, kinds)
     wanted = " or ".join(kind.__name__ for kind in kinds)
     if not right or (kinds == (object,) and cls.__eq__ is object.__eq__):

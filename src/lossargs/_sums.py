@@ -11,16 +11,17 @@ from typing import Any, Self
 import keras
 import numpy as np
 
-from lossargs._errors import ArgumentError
+from lossargs._errors import ArgumentError, taken
 from lossargs._function import LossFunction
 from lossargs._live import Adapter
 from lossargs._serialization import decode, encode, load_object
 from lossargs._values import bind_value, cache_key, format_value, is_live
 
-# Factors of a term: a number, then live values; `("1/", value)` for a divisor.
+# Factors of a term: a number, then live values. A tuple `("1/", value)` divides.
 Factors = tuple[Any, ...]
 
 
+# Internal functions receive `(values, training, **args)`. `terms` is a parameter only to be bound.
 def weighted_sum(values: Any, _: Any, *, terms: Any = (), weights: Any, constants: Any) -> Any:  # noqa: ARG001
     """Return the weighted sum of the values of the terms, and of the constants."""
     shapes = [tuple(value.shape) for value in values if len(value.shape)]
@@ -41,7 +42,7 @@ def scaled(value: Any, factors: Factors) -> Any:
     number, *live = factors
     value = value if number == 1 else value * float(number)
     for factor in live:
-        is_divisor = isinstance(factor, tuple)
+        is_divisor = _is_divisor(factor)
         tensor = keras.ops.cast(factor[1] if is_divisor else factor, value.dtype)
         value = value / tensor if is_divisor else value * tensor
     return value
@@ -66,7 +67,8 @@ class KerasLoss:
         return type(self.wrapped), cache_key(own)
 
     def _given(self) -> dict[str, Any]:
-        """Return the arguments that make this loss, also those that its config leaves out."""
+        """Return the constructor arguments, also those that `get_config` leaves out."""
+        # Attributes, and dicts among them, e.g. the arguments of the function in `_fn_kwargs`.
         found = dict(vars(self.wrapped))
         for value in vars(self.wrapped).values():
             found |= value if isinstance(value, dict) else {}
@@ -146,6 +148,7 @@ def label_of(loss: Any, name: str, place: str) -> str:
     """Return the name in the logs of a live value among the arguments of a loss."""
     if loss.loss_function is not SUM:
         return f"{name}{place}"
+    # In `weights`, the place `_1_2` is the factor 2 of the term 1.
     term, factor, *_ = (int(index) for index in place.split("_")[1:])
     of = loss.terms[term].name if name == "weights" else "constant"
     return f"{of}_weight" if factor == 1 else f"{of}_weight_{factor}"
@@ -190,9 +193,10 @@ class Arithmetic:
 
         for name in changes:
             if not takers(name, self.terms):
+                known = {known for term in self.all_terms() for known in term.parameters}
                 raise ArgumentError(
-                    f"No term of {self!r} takes {name!r}. For other terms or weights, write the "
-                    "loss again."
+                    f"No term of {self!r} takes {name!r}. {taken(name, sorted(known))} For other "
+                    "terms or weights, write the loss again: f(a=1) + 2 * g()."
                 )
         terms = tuple(
             term.replace(**{name: one for name, one in changes.items() if takers(name, [term])})
@@ -220,15 +224,17 @@ def _parts(value: Any) -> Parts:
         return [((1,), value)]
     number = _number(value)
     if number is None:
+        fix = "Call a factory: factory(...); wrap a function: with_args(function)()."
+        if is_live(value):
+            fix = "Add it in a function: def f(y_true, y_pred, value): ..."
         raise ArgumentError(
-            f"Cannot add {format_value(value)} to a loss. Terms are losses and numbers. Call a "
-            "factory: factory(...); wrap a function: with_args(function)()."
+            f"Cannot add {format_value(value)} to a loss. Terms are losses and numbers. {fix}"
         )
     return [((number,), None)] if number else []
 
 
 def _number(value: Any) -> Any:
-    """Return a scalar as a number of Python, or `None`."""
+    """Return a scalar as a Python number, or `None`."""
     is_array = isinstance(value, (np.generic, np.ndarray)) or keras.ops.is_tensor(value)
     if is_array and not is_live(value) and tuple(value.shape) == ():
         value = bind_value(value, "A weight or term of a sum")
@@ -255,7 +261,7 @@ def _weight(value: Any, operator: str) -> Any:
 
 def _scaled(value: Any, factor: Any) -> Parts:
     """Return the parts of a summand, each with a further factor."""
-    if is_live(factor) or isinstance(factor, tuple):
+    if is_live(factor) or _is_divisor(factor):
         return [((*factors, factor), loss) for factors, loss in _parts(value)]
     return [((factors[0] * factor, *factors[1:]), loss) for factors, loss in _parts(value)]
 
@@ -263,7 +269,7 @@ def _scaled(value: Any, factor: Any) -> Parts:
 def _of(parts: Parts, cls: Any) -> Any:
     """Return the sum of parts as a bound loss."""
     terms = [(factors, loss) for factors, loss in parts if loss is not None]
-    if len(parts) == len(terms) == 1 and parts[0][0] == (1,):
+    if len(parts) == len(terms) == 1 and parts[0][0] == (1,):  # e.g. of `loss + 0`
         return parts[0][1]
     args = {
         "terms": tuple(bound_term(loss, cls) for _, loss in terms),

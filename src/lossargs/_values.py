@@ -25,15 +25,15 @@ _INSTEAD: dict[type, tuple[str, str]] = {
     keras.Metric: (
         "a metric",
         (
-            "which Keras would neither reset nor log here. Give a layer that holds the metric, and "
-            "update it in the loss. Or give its number: a keras.Variable that you assign."
+            "which Keras would neither reset nor log here. Pass a layer that holds the metric. Or "
+            "pass a number that you assign: keras.Variable(0.0, trainable=False)."
         ),
     ),
     keras.Optimizer: (
         "an optimizer",
         (
-            "whose variables belong to compile. Give the value that the loss reads: a "
-            "LearningRateSchedule, or a keras.Variable that you assign in a callback."
+            "whose variables are created by compile. Pass the LearningRateSchedule. Or pass a "
+            "number that a callback assigns: keras.Variable(0.0, trainable=False)."
         ),
     ),
 }
@@ -102,7 +102,9 @@ def live_leaves(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def bind_value(value: Any, where: str) -> Any:
-    """Return a copy of a value to bind: scalars of Python, arrays for tensors, live values as such.
+    """Return a copy of a value, in which tensors are arrays and NumPy scalars Python numbers.
+
+    Live values stay as they are. `where` names the argument in messages: `'x' of f()`.
 
     Raises:
         ArgumentError: The value is neither live nor a constant.
@@ -110,6 +112,7 @@ def bind_value(value: Any, where: str) -> Any:
     return map_leaves(value, functools.partial(_bind_leaf, where=where), where)
 
 
+# In this order: a variable is also an array, and a live value or a Keras loss can be hashed.
 def _bind_leaf(value: Any, where: str) -> Any:
     if type(value) in _ATOMS or is_live(value):
         return value
@@ -120,8 +123,8 @@ def _bind_leaf(value: Any, where: str) -> Any:
     if isinstance(value, Iterator) or is_variable or getattr(value, "requires_grad", False):
         raise ArgumentError(
             f"Cannot bind {where} to a {type(value).__name__}: its current value would be baked "
-            "into the compiled step. Give a keras.Variable, or a tensor at the call: "
-            "loss(y_true, y_pred, name=...)."
+            "into the compiled step. Give a keras.Variable, list(iterator), or a tensor at the "
+            "call: loss(y_true, y_pred, name=...)."
         )
     if isinstance(value, keras.losses.Loss):
         return value
@@ -139,7 +142,7 @@ def _bind_leaf(value: Any, where: str) -> Any:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """Return a scalar of NumPy as one of Python, an array or tensor as an array of numbers."""
+    """Return a NumPy scalar as a Python number, an array or tensor as an array of numbers."""
     if isinstance(value, (np.str_, np.bytes_)):
         return value.item()
     is_scalar = isinstance(value, np.generic)
@@ -170,7 +173,7 @@ def without_ml_dtypes(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def to_tensors(value: Any, dtype: str, where: str) -> Any:
-    """Return the value for the user's function: arrays as tensors, those of floats of `dtype`."""
+    """Return an argument for the user's function: arrays as tensors, floating-point ones cast."""
 
     def convert(leaf: Any) -> Any:
         if type(leaf) in _ATOMS:
@@ -198,6 +201,7 @@ def to_tensors(value: Any, dtype: str, where: str) -> Any:
 
 def readonly_copy(value: Any) -> Any:
     """Return the value for `loss.args`: new containers, read-only arrays."""
+    # `broadcast_to` returns a read-only view.
     return map_leaves(
         value, lambda v: np.broadcast_to(v, v.shape) if isinstance(v, np.ndarray) else v
     )
@@ -223,7 +227,7 @@ def cache_key(value: Any) -> Hashable:
     """Return a key of a bound value that is equal for two values only if they compute the same."""
     cls: Any = type(value)
     if is_live(value) and not (isinstance(value, _COMPARABLE) and cls.__hash__):
-        return cls, id(value)  # the current value of a variable does not count
+        return cls, id(value)  # identity: the current value may change
     if isinstance(value, dict):
         return dict, tuple((cache_key(k), cache_key(v)) for k, v in value.items())
     if isinstance(value, (list, tuple)):

@@ -1,8 +1,9 @@
 """Rules for `balance`: layers that turn the values of several terms into one loss.
 
-A rule is a `keras.Layer`. It is called with a vector that holds the value of each term. It returns
-the loss, or a tuple of the loss and the weights of the terms for the logs. Its own weights are
-trained and saved with the model. A rule changes its state only with `training=True`.
+A rule is a `keras.Layer`. `rule(values)` receives the values of the terms, a tensor of shape
+`(terms,)`. It also receives `training` if `call` has a parameter of this name. It returns the loss,
+or a tuple of the loss and the weights of the terms for the logs. Its own weights are trained and
+saved with the model. A rule changes its state only with `training=True`.
 """
 
 from typing import Any
@@ -28,7 +29,7 @@ class Uncertainty(_Rule):
     at zero. A term that is hard to reduce gets a small weight.
 
     Args:
-        **kwargs: Arguments of `keras.layers.Layer`.
+        **kwargs: Arguments of `keras.layers.Layer`, except `autocast`.
 
     Examples:
         >>> import keras, lossargs
@@ -36,6 +37,9 @@ class Uncertainty(_Rule):
         >>> mse = lossargs.with_args(keras.losses.mean_squared_error)
         >>> mae = lossargs.with_args(keras.losses.mean_absolute_error)
         >>> loss = lossargs.balance([mse(), mae()], Uncertainty())
+        >>> loss, weights = Uncertainty()(keras.ops.convert_to_tensor([1.0, 3.0]))
+        >>> float(keras.ops.convert_to_numpy(loss))
+        4.0
 
     References:
         Kendall, Gal and Cipolla, 2018, "Multi-Task Learning Using Uncertainty to Weigh Losses for
@@ -51,7 +55,7 @@ class Uncertainty(_Rule):
         super().build(input_shape)
 
     def call(self, values: Any) -> tuple[Any, Any]:
-        """Return the loss and the weights.
+        """Return a tuple: the loss, a scalar, and the weights, shape `(terms,)`.
 
         Args:
             values: The values of the terms, shape `(terms,)`.
@@ -78,11 +82,11 @@ class _Remembering(_Rule):
         return self.add_weight(name=name, shape=shape, trainable=False, **options)
 
     def call(self, values: Any, training: bool = False) -> tuple[Any, Any]:
-        """Return the loss and the weights, which change if `training`.
+        """Return a tuple: the loss, a scalar, and the weights, shape `(terms,)`.
 
         Args:
             values: The values of the terms, shape `(terms,)`.
-            training: Whether this is a training step.
+            training: Whether this is a training step, which changes the weights.
         """
         weights = ops.convert_to_tensor(self.last_weights)
         if training:
@@ -107,13 +111,13 @@ class SoftAdapt(_Remembering):
     """Weight terms by their recent change.
 
     `loss = sum(weights * values)` with `weights = softmax(beta * (values - last_values))`. The
-    `last_values` are those of the step before. All weights are equal in the first step. With a
-    positive `beta`, a term that falls more slowly than the others gets a larger weight. No gradient
-    flows through the weights. Evaluation uses the weights of the last step.
+    `last_values` are the values in the previous step. All weights are equal in the first step. With
+    a positive `beta`, a term that falls more slowly than the others gets a larger weight. No
+    gradient flows through the weights. Evaluation uses the weights of the last training step.
 
     Args:
         beta: The sharpness of the softmax. The paper uses 0.1.
-        **kwargs: Arguments of `keras.layers.Layer`.
+        **kwargs: Arguments of `keras.layers.Layer`, except `autocast`.
 
     Examples:
         >>> import keras, lossargs
@@ -121,6 +125,11 @@ class SoftAdapt(_Remembering):
         >>> mse = lossargs.with_args(keras.losses.mean_squared_error)
         >>> mae = lossargs.with_args(keras.losses.mean_absolute_error)
         >>> loss = lossargs.balance([mse(), mae()], SoftAdapt(beta=0.1))
+        >>> rule = SoftAdapt(beta=0.1)
+        >>> for values in ([1.0, 3.0], [1.0, 2.0]):
+        ...     loss, weights = rule(keras.ops.convert_to_tensor(values), training=True)
+        >>> [round(float(weight), 3) for weight in weights]
+        [0.525, 0.475]
 
     References:
         Heydari, Thompson and Mehmood, 2019, "SoftAdapt: Techniques for Adaptive Loss Weighting of
@@ -148,7 +157,7 @@ class SoftAdapt(_Remembering):
 class ReLoBRaLo(_Remembering):
     """Weight terms by their relative progress, with random lookback.
 
-    For `n` terms with the values `v` in this step, `v_last` in the step before and `v_0` in the
+    For `n` terms with the values `v` in this step, `v_last` in the previous step and `v_0` in the
     first step:
 
         relative(reference) = n * softmax(v / (temperature * reference + epsilon))
@@ -158,15 +167,15 @@ class ReLoBRaLo(_Remembering):
 
     In each step, `rho` is drawn: one with the probability `lookback`, else zero. All weights are
     one in the first step. `epsilon` is `keras.config.epsilon()`. No gradient flows through the
-    weights. Evaluation uses the weights of the last step.
+    weights. Evaluation uses the weights of the last training step.
 
     Args:
-        alpha: How slowly weights change, between 0 and 1.
+        alpha: The decay of the moving average of the weights, between 0 and 1. Larger is slower.
         temperature: The temperature of the softmax. A high one makes the weights equal.
-        lookback: The probability that `history` is the last weights. Otherwise, it compares the
-            values with those of the first step.
-        seed: An integer, or a `keras.random.SeedGenerator`, for the draws.
-        **kwargs: Arguments of `keras.layers.Layer`.
+        lookback: The probability of `rho = 1`. Then `history` is the last weights, otherwise it is
+            `relative(v_0)`.
+        seed: An integer, a `keras.random.SeedGenerator`, or `None` for a random seed.
+        **kwargs: Arguments of `keras.layers.Layer`, except `autocast`.
 
     Examples:
         >>> import keras, lossargs
@@ -174,6 +183,10 @@ class ReLoBRaLo(_Remembering):
         >>> mse = lossargs.with_args(keras.losses.mean_squared_error)
         >>> mae = lossargs.with_args(keras.losses.mean_absolute_error)
         >>> loss = lossargs.balance([mse(), mae()], ReLoBRaLo(seed=0))
+        >>> values = keras.ops.convert_to_tensor([1.0, 3.0])
+        >>> loss, weights = ReLoBRaLo(seed=0)(values, training=True)
+        >>> float(loss), [float(weight) for weight in weights]
+        (4.0, [1.0, 1.0])
 
     References:
         Bischof and Kraus, 2021, "Multi-Objective Loss Balancing for Physics-Informed Deep
@@ -223,6 +236,7 @@ class ReLoBRaLo(_Remembering):
 
     def load_own_variables(self, store: Any) -> None:
         """Load the weights, and the state of the generator."""
+        # Without "draws": Keras compares the number of entries with that of the weights.
         weights = {str(i): store[str(i)] for i in range(len(self.weights))}
         super().load_own_variables(weights)
         self.seed_generator.state.assign(store["draws"])

@@ -8,7 +8,7 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from keras.src.backend.common.tensor_attributes import get_tensor_attr, set_tensor_attr
 from keras.src.backend.common.variables import AutocastScope
 
-# `compile` does this to a plain function: rank squeezing, masks, weights and reductions.
+# `compile` applies these to the loss of a plain function.
 from keras.src.losses.loss import (
     scale_loss_for_distribution,
     squeeze_or_expand_to_same_rank,

@@ -20,7 +20,7 @@ def keeps_constructor(model: Any, base: type) -> bool:
 @functools.cache
 def _names_that_keras_sets(cls: Any) -> frozenset[str]:
     """Return the attributes of a compiled model of a class of Keras."""
-    # With names and an initializer, so that those of the user's layers stay the same.
+    # Fixed names and initializer: automatic names and seeds of the user's layers do not change.
     x, dense = (
         keras.Input((1,), name="x"),
         keras.layers.Dense(1, name="y", kernel_initializer="zeros"),
@@ -89,7 +89,7 @@ def ancestor_calls(
 def output_specs(function: Callable[[Any], Any], tensors: Any) -> Any:
     """Return what a function returns for tensors of these shapes and dtypes, as symbolic tensors.
 
-    New symbolic tensors: Keras calls the product of a tensor and a number sparse, which it is not.
+    The function receives new symbolic tensors: Keras wrongly marks `tensor * number` as sparse.
     """
     specs = keras.tree.map_structure(lambda one: keras.KerasTensor(one.shape, one.dtype), tensors)
     return compute_output_spec(function, specs)

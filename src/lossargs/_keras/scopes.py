@@ -1,4 +1,4 @@
-"""Scopes in which variables are read and assigned, and small private facts of layers."""
+"""Scopes in which variables are read and assigned, and private attributes of layers."""
 
 import functools
 import sys
@@ -138,7 +138,7 @@ def alias(tensor: Any) -> Any:
 
 
 def values_in_scope(variables: Iterable[keras.Variable]) -> list[tuple[keras.Variable, Any]]:
-    """Return the variables that have other values in this scope than of their own, with these."""
+    """Return the variables that the stateless scope overrides, with their values in it."""
     scope = get_stateless_scope()
     pairs = [(variable, scope and scope.get_current_value(variable)) for variable in variables]
     return [(variable, value) for variable, value in pairs if value is not None]

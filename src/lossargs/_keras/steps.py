@@ -58,7 +58,7 @@ class Step:
 
     method: str  # of the model, e.g. "train_step"
     reference: Callable[[], Any] | None  # weak, to the model; `None` under `torch.compile`
-    keeps_state: bool  # of variables that are assigned in the loss
+    keeps_state: bool  # whether variables keep the values that the loss assigns
 
     @property
     def model(self) -> Any:
@@ -88,7 +88,7 @@ def running_step() -> Step | None:
 
 
 def called_for_training(layer: keras.Layer) -> bool:
-    """Return the `training` argument of the innermost call around a layer that was given one.
+    """Return the `training` argument of the innermost call around a layer that sets it.
 
     Keras itself passes the argument on from layers that were called before.
     """
@@ -116,14 +116,14 @@ def give_variables_back() -> None:
     for frame, model in _method_calls(keras.Model, "fit", "evaluate"):
         method = frame.f_code.co_name
         if frame.f_code is _code_of(f"Model.{method}"):  # and not an override
-            taken = [model.trainable_variables, model.non_trainable_variables]
-            taken += [model.optimizer.variables] if method == "fit" else []
-            variables = itertools.chain(*taken, model.metrics_variables)
+            removed = [model.trainable_variables, model.non_trainable_variables]
+            removed += [model.optimizer.variables] if method == "fit" else []
+            variables = itertools.chain(*removed, model.metrics_variables)
             values = itertools.chain(*frame.f_locals.get("state", ()))
             for variable, value in zip(variables, values, strict=False):
                 if variable._value is None:
                     variable._value = value
-            model._jax_state_synced = True  # Keras has older values
+            model._jax_state_synced = True  # Keras would assign older values
             return
 
 
