@@ -13,6 +13,6 @@ def test_error_of_the_numpy_backend():
     with pytest.raises(DerivativeError) as caught:
         grad(x**2, x)
     assert message_of(caught.value) == (
-        "Keras's backend 'numpy' cannot differentiate. "
-        "Set KERAS_BACKEND to 'tensorflow', 'jax' or 'torch'."
+        "Keras's backend 'numpy' cannot differentiate. Choose another one before importing Keras: "
+        'import os; os.environ["KERAS_BACKEND"] = "jax".'
     )
