@@ -285,8 +285,7 @@ def balanced(turns: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for mode, options in MODES.items():
         results[mode] = {
-            name: compared(ways, CASES[name], options, turns, alike=False)
-            for name in ("tiny", "MLP")
+            name: compared(ways, case, options, turns, alike=False) for name, case in CASES.items()
         }
         print(mode, results[mode], flush=True)
     return results

@@ -245,7 +245,7 @@ def capturing():
     [
         (schedule(lambda step: step), "`def my_schedule(step): ...`."),
         (capturing(), "captured captures 'peak' from the function around it. Saved files"),
-        (capturing(), "at the top of a module: `def captured(step, peak): ...`."),
+        (capturing(), "at the top level of a module: `def captured(step, peak): ...`."),
         (lambda: table([{1: mse}]), "'values' of table() is <function mse"),
     ],
 )

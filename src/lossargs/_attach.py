@@ -367,9 +367,9 @@ def _refuse_inputs_of_layers(one: Any, sources: dict[int, Any], model: Any) -> N
         for tensor in getattr(layer, "inputs", None) or ():
             if id(tensor) in sources and id(tensor) not in known:
                 raise AttachError(
-                    f"{one.label!r} of {one.loss!r} is a tensor of another graph: it is computed "
-                    f"from the input {tensor.name!r}, which {model.name!r} does not have. Take "
-                    "the tensor of this model: z = encoder(x), and not encoder.output."
+                    f"{one.label!r} of {one.loss!r} is a tensor of another graph, with the input "
+                    f"{tensor.name!r}, which {model.name!r} does not have. Take the tensor of this "
+                    "model: z = encoder(x), and not encoder.output."
                 )
 
 

@@ -30,8 +30,8 @@ def check_reads(
         if key not in held:
             raise ArgumentError(
                 f"{name} reads the variable {variable.path!r} of shape {tuple(variable.shape)}, "
-                "which the model does not hold: no backend would train or save it. Pass it, or its "
-                f"layer or generator, as an argument: def {code}(y_true, y_pred, *, layer): ..."
+                "which the model does not hold, train or save. Pass it, or its layer or generator, "
+                f"as an argument: def {code}(y_true, y_pred, *, layer): ..."
             ) from cause
 
 

@@ -179,7 +179,7 @@ class Function:
         if problem:
             raise SavingError(
                 f"{self.name} {problem}. Saved files contain only the name of a function. Write it "
-                f"at the top of a module: {self._definition(*captured)}."
+                f"at the top level of a module: {self._definition(*captured)}."
             )
         registered = _registry[type(self), self.key]
         if [*map(_source, self._unwrapped)] != [*map(_source, registered._unwrapped)]:
@@ -203,7 +203,7 @@ class Function:
         if not self._is_at_its_place():
             raise SavingError(
                 f"{self.name} is not found at {self._place!r}, and functions are pickled by their "
-                f"place. Write it at the top of a module: {self._definition()}."
+                f"place. Write it at the top level of a module: {self._definition()}."
             )
         return _unpickled, (type(self), self._place, self.package)
 

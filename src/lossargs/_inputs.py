@@ -107,7 +107,7 @@ def _check_batch(batch: Mapping[str, Any], loss: Any) -> None:
             known = list(dict.fromkeys(known for one in losses for known in one.parameters))
             raise BatchError(
                 f"The batch (third element of the data) has an entry {key!r}, which {name} does "
-                f"not take. {taken(key, known)} Leave it out. If several losses read one batch: "
+                f"not take. {taken(key, known)} Leave it out, or accept it: "
                 f"def {code}(y_true, y_pred, **extra): ..."
             )
     for key, value in batch.items():

@@ -253,8 +253,8 @@ def _weight(value: Any, operator: str) -> Any:
     if not is_weight or (shape is not None and tuple(shape) != ()):
         raise ArgumentError(
             f"Cannot compute loss {operator} {format_value(value)}. A weight is a number, a scalar "
-            "keras.Variable, a schedule or an Adapter. For a weight per sample, pass it to the "
-            "function: def f(y_true, y_pred, weight): ..."
+            "keras.Variable, a schedule or an Adapter. For a weight per sample, write a function: "
+            "def f(y_true, y_pred, weight): ..."
         )
     return value
 
