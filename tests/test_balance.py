@@ -11,6 +11,7 @@ from keras import ops
 
 from helpers import (
     BACKEND,
+    KERAS,
     TESTS,
     each_writer,
     linear_model,
@@ -293,6 +294,7 @@ def test_a_rule_that_returns_a_list(data):
 
 @fit
 @each_rule
+@pytest.mark.skipif(KERAS < (3, 15), reason="older Keras reads more numbers in Python")
 def test_a_step_copies_nothing_to_the_host(rule, data):
     """A number read in Python would be such a copy; a trace refuses it, or calls back."""
     words = ("callback", "pyfunc", "local_scalar", "infeed", "outfeed", "_to_cpu")
@@ -302,9 +304,9 @@ def test_a_step_copies_nothing_to_the_host(rule, data):
         assert len(operations) > 20
         found = [one for one in operations if any(word in one.lower() for word in words)]
         copies[name] = len(found)
-    # Keras's optimizer reads its learning rate on PyTorch, and a draw reads the seed.
+    # On PyTorch, Keras's optimizer reads its learning rate, and a draw reads the seed.
     is_drawn = rule == "ReLoBRaLo" and BACKEND == "torch"
-    assert copies["fixed"] == (BACKEND == "torch")
+    assert (copies["fixed"] > 0) == (BACKEND == "torch")
     assert copies[rule] == copies["fixed"] + is_drawn
 
 

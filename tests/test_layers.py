@@ -15,6 +15,7 @@ import losses
 import networks
 from helpers import BACKEND, KERAS, TESTS, each_writer, linear_model, run_python
 from lossargs import ArgumentError, AttachError, LossArgs, SavingError, attach, detach, with_args
+from lossargs._keras import is_random_state
 from networks import CASES, X, Y, fitted
 
 pytestmark = pytest.mark.fit
@@ -558,6 +559,14 @@ def test_generator_of_a_layer_of_the_model(tmp_path):
     attach(keras.Model(x, y), noisy(seed=keras.random.SeedGenerator())).save(
         tmp_path / "model.keras"
     )
+
+
+def test_states_that_no_compiler_of_pytorch_sees():
+    drop = keras.layers.Dropout(0.5)
+    assert all(
+        map(is_random_state, (drop.seed_generator.state, keras.random.SeedGenerator().state))
+    )
+    assert not is_random_state(keras.Variable(1.0, name="other"))
 
 
 def noisy_model(seed=3):

@@ -183,6 +183,11 @@ def test_errors_of_operators(make, message):
         make()
 
 
+def test_a_sum_cannot_be_changed():
+    with pytest.raises(AttributeError, match=r"Cannot change 'name' of .* Write the loss again\."):
+        (mse() + mae()).name = "other"
+
+
 def test_replace_and_call_arguments_reach_the_terms_that_take_them():
     loss = 2 * mae() + mse() * TWO - losses.flexible(a=1)
     text = "2 * mae(scale=5) + mse() * <variable 'two'> - flexible(a=1, scale=5)"

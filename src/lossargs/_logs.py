@@ -63,8 +63,8 @@ class Logs(keras.Metric):
         if losses:
             means = [keras.ops.mean(one) if len(one.shape) else one for one in losses]
             one = keras.ops.ones((), self.dtype)
-            added = keras.ops.stack([*means, one]) * keras.ops.cast(samples, self.dtype)
-            self.sums.assign_add(keras.ops.stop_gradient(added))
+            added: Any = keras.ops.stop_gradient(keras.ops.stack([*means, one]))
+            self.sums.assign_add(added * keras.ops.cast(samples, self.dtype))
         if scalars:
             vectors = [keras.ops.stack(scalars) if len(scalars) > 1 else scalars[0], *vectors]
         for variable, values in zip(self.last, vectors, strict=True):
@@ -80,7 +80,7 @@ class Logs(keras.Metric):
         results = {}
         if self.losses:
             sums = self.sums.value
-            means = keras.ops.where(sums[-1] > 0, sums / sums[-1], np.nan)
+            means: Any = keras.ops.where(sums[-1] > 0, sums / sums[-1], np.nan)
             results = {item.name: means[i] for i, item in enumerate(self.losses)}
         for variable, items in zip(self.last, self.values, strict=True):
             value = variable.value + 0  # PyTorch updates the variable in place
