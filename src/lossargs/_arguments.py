@@ -26,7 +26,6 @@ class Arguments:
     scalars: tuple[tuple[Adapter, LogItem], ...]
     tracked: tuple[tuple[BoundLoss, LogItem], ...]  # terms also
     weights: tuple[tuple[BoundLoss, list[LogItem]], ...]  # that losses compute for their terms
-    labels: tuple[str, ...]  # of the items of tracked losses and weights
 
     def readers(self) -> list[Adapter]:
         """Return the adapters that read a tensor."""
@@ -37,11 +36,9 @@ class Arguments:
         losses, scalars = ([item for _, item in kind] for kind in (self.tracked, self.scalars))
         return Logs(losses, scalars, [items for _, items in self.weights])
 
-    def items(self) -> list[tuple[BoundLoss, LogItem, str]]:
-        """Return the items of tracked losses and weights, with the loss and a label of each."""
-        weights = ((loss, item) for loss, items in self.weights for item in items)
-        pairs = [*self.tracked, *weights]
-        return [(*pair, label) for pair, label in zip(pairs, self.labels, strict=True)]
+    def items(self) -> list[tuple[BoundLoss, LogItem]]:
+        """Return the items of tracked losses and weights, with the loss of each."""
+        return [*self.tracked, *((loss, one) for loss, items in self.weights for one in items)]
 
     def takes(self, name: str) -> bool:
         """Return whether a loss has an argument of that name."""
@@ -143,8 +140,4 @@ def collect(
         scalars=tuple((held, item) for (_, held), item in scalars.items()),
         tracked=tuple((one, LogItem(one.name)) for one in to_log),
         weights=tuple(weights),
-        labels=(
-            *(one.name for one in to_log),
-            *(e.name for _, items in weights for e in items),
-        ),
     )

@@ -127,8 +127,8 @@ class LossArgs(keras.Layer):
         """The losses that are evaluated only for the logs."""
         return self._args.track
 
-    def get_log_items(self) -> list[tuple[BoundLoss, LogItem, str]]:
-        """Return the items in the logs of losses and computed weights, with loss and label."""
+    def get_log_items(self) -> list[tuple[BoundLoss, LogItem]]:
+        """Return the items in the logs of losses and computed weights, with the loss of each."""
         return self._args.items()
 
     def adapters_by_key(self) -> dict[Any, Adapter]:

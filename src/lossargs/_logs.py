@@ -17,7 +17,11 @@ from lossargs._loss import BoundLoss
 class LogItem:
     """A number in the logs."""
 
-    name: str
+    label: str  # in its layer
+    name: str = ""  # in the logs of the model, which may have a prefix
+
+    def __post_init__(self) -> None:
+        self.name = self.label
 
 
 class Logs(keras.Metric):
@@ -163,9 +167,9 @@ def names_of(
     named = [(names[id(one)], one) for _, one in live]
     distinct = dict.fromkeys((name, one.key) for name, one in named)
     items = [
-        (in_output(layer, loss, label), item)
+        (in_output(layer, loss, item.label), item)
         for layer in layers
-        for loss, item, label in layer.get_log_items()
+        for loss, item in layer.get_log_items()
     ]
     used = [*others, *(name for name, _ in distinct), *(name for name, _ in items)]
     check_names(used, "Live arguments")
