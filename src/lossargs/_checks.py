@@ -16,8 +16,7 @@ def check_reads(
     loss: Any, model: Any, scope: ReadScope, is_frozen: bool, cause: Exception | None = None
 ) -> None:
     """Raise if the function of a loss read a variable that the model does not hold."""
-    name, function = loss.title, loss.loss_function
-    code = "f" if function.is_internal else function.name
+    name, code = loss.title, loss.loss_function.code_name
     held = {id(variable) for variable in (*model.variables, *model.metrics_variables)}
     frozen = [one for key, one in scope.variables.items() if is_frozen and key in held]
     if frozen:

@@ -133,6 +133,11 @@ class Function:
         return {name: bind_value(args[name], f"{name!r} of {self.name}()") for name in names}
 
     @property
+    def code_name(self) -> str:
+        """The name for code in messages; the names of internal functions are no code."""
+        return "f" if self.is_internal else self.name
+
+    @property
     def parameters(self) -> list[str]:
         """The names of the extra parameters, without `**extra`."""
         return list(self._named)

@@ -100,15 +100,14 @@ def _refuse_metrics(loss: Any) -> None:
 
 def _check_batch(batch: Mapping[str, Any], loss: Any) -> None:
     """Raise for an entry that no function takes, or that cannot become a tensor."""
-    losses, name, function = (loss, *loss.inner_losses), loss.title, loss.loss_function
-    code = "f" if function.is_internal else function.name
+    losses, name = (loss, *loss.inner_losses), loss.title
     for key in batch:
         if not any(one.takes(key) for one in losses):
             known = list(dict.fromkeys(known for one in losses for known in one.parameters))
             raise BatchError(
                 f"The batch (third element of the data) has an entry {key!r}, which {name} does "
                 f"not take. {taken(key, known)} Leave it out, or accept it: "
-                f"def {code}(y_true, y_pred, **extra): ..."
+                f"def {loss.loss_function.code_name}(y_true, y_pred, **extra): ..."
             )
     for key, value in batch.items():
         if value is None:
