@@ -1,6 +1,5 @@
 """The classes of attached models, and models made like others."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -25,8 +24,24 @@ from lossargs._live import Untracked, layers_of
 from lossargs._serialization import reading
 
 
+class _WritesSharedLayersOnce:
+    """A model whose config contains layers that losses and graph share once."""
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the config.
+
+        Keras marks a config as shared when it writes the object again. The config of a layer within
+        a layer of the graph is copied before that. So write the layers in the losses first.
+        """
+        for adapter in (one for layer in layers_of(self) for one in layer.adapters):
+            if in_sharing_scope() and isinstance(adapter, LayerAdapter):
+                keras.saving.serialize_keras_object(adapter.layer)
+        config: dict[str, Any] = super().get_config()  # type: ignore[misc]
+        return config
+
+
 @keras.saving.register_keras_serializable(package="lossargs")
-class AttachedModel(keras.Model):
+class AttachedModel(_WritesSharedLayersOnce, keras.Model):
     """A Functional model whose outputs keep the names that they had before `attach`.
 
     Keras names the outputs in a list after their layers, which are all `LossArgs`. The constructor
@@ -54,12 +69,6 @@ class AttachedModel(keras.Model):
             self._predictor = Untracked(Functional(self.input, outputs))
         return self._predictor.value.call(inputs, training=training, mask=mask)
 
-    def get_config(self) -> dict[str, Any]:
-        """Return the config, in which layers that losses and graph share are written once."""
-        share_layers(layers_of(self))
-        config: dict[str, Any] = super().get_config()
-        return config
-
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
         with reading("The config of a model with live arguments"):
@@ -71,25 +80,8 @@ class AttachedModel(keras.Model):
 
 
 @keras.saving.register_keras_serializable(package="lossargs")
-class AttachedSequential(keras.Sequential):
+class AttachedSequential(_WritesSharedLayersOnce, keras.Sequential):
     """A Sequential model with a loss attached."""
-
-    def get_config(self) -> dict[str, Any]:
-        """Return the config, in which layers that losses and graph share are written once."""
-        share_layers(layers_of(self))
-        config: dict[str, Any] = super().get_config()
-        return config
-
-
-def share_layers(layers: Iterable[Any]) -> None:
-    """Write the layers in the losses first, so that Keras marks them as shared with the graph.
-
-    Keras marks a config as shared when it writes the object again. The config of a layer within a
-    layer of the graph is copied before that.
-    """
-    for adapter in (one for layer in layers for one in layer.adapters):
-        if in_sharing_scope() and isinstance(adapter, LayerAdapter):
-            keras.saving.serialize_keras_object(adapter.layer)
 
 
 def functional_like(model: Any, inputs: Any, outputs: Any) -> Any:
