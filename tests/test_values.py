@@ -22,20 +22,8 @@ def reloaded(loss):
 
 DTYPES = ["bool", "int8", "uint8", "int16", "int32", "int64", "float16", "float32", "float64"]
 VALUES = [
-    None,
-    True,
-    10,
-    -0.0,
-    float("nan"),
-    float("inf"),
-    1e-300,
-    "",
-    "Größe\n\0",
-    [],
-    (),
-    {},
-    [1, (2.0, [None, "a"])],
-    {"a": {"b": (1,)}},
+    [None, True, 10, -0.0, float("nan"), float("inf"), 1e-300, "", "Größe\n\0", [], (), {}],
+    [1, (2.0, [None, "a"]), {"a": {"b": (1,)}}],
     {0: 1.0, 1: 2.0, (2, None): 3.0},
     {"kind": "tuple", "items": [1]},
     {"class_name": "Dense", "config": {"units": 3}, "module": "keras.layers"},
