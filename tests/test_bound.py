@@ -152,6 +152,8 @@ def test_wrong_values_at_the_call():
     ):
         with raising(ArgumentError, text):
             described()(Y_TRUE, Y_PRED, what=value)
+    with raising(ArgumentError, "'what' of described() is nested more than 32 deep"):
+        described(what=nested_in_itself())
     with raising(ArgumentError, "masked needs a value for 'mask'. Bind it, masked(mask=...)."):
         masked()(Y_TRUE, Y_PRED)
     with pytest.raises(ZeroDivisionError):  # of the function itself

@@ -19,16 +19,7 @@ from keras import ops
 
 import lossargs
 import losses
-from helpers import (
-    BACKEND,
-    attached,
-    linear_model,
-    logs_of,
-    message_of,
-    nested_in_itself,
-    raising,
-    to_float,
-)
+from helpers import BACKEND, attached, linear_model, logs_of, message_of, raising, to_float
 from lossargs import ArgumentError, SavingError, with_args
 from losses import composed, described, doubled, flexible, focal, scaled, shifted
 
@@ -120,10 +111,9 @@ def test_factory_tells_about_its_function():
     ],
 )
 def test_functions_that_cannot_be_a_factory(function, text):
-    with pytest.raises(ArgumentError) as error:
+    with raising(ArgumentError, text):
         with_args(function)
-    assert text in message_of(error.value)
-    assert isinstance(error.value, TypeError)
+    assert issubclass(ArgumentError, TypeError)
 
 
 # Options
@@ -207,7 +197,6 @@ def test_dtype_is_the_floatx_of_the_time_of_binding(request):
             "to an optimizer, SGD, whose variables are created",
         ),
         (lambda: shifted(iter([1])), "to a list_iterator: its current value"),
-        (lambda: shifted(nested_in_itself()), "'shift' of shifted() is nested more than 32 deep"),
     ],
 )
 def test_wrong_binding(bind, text):
@@ -259,17 +248,10 @@ def test_tensor_of_the_step_is_no_constant(data):
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        (1, 1.0),
-        (1, True),
-        (0.0, -0.0),
         (1.0, 1 + 0j),
-        ([1], (1,)),
-        ({"a": 1, "b": 2}, {"b": 2, "a": 1}),  # the function can see the order
         ((1,), Point(1)),
         (np.float32(0.1), np.float64(0.1)),
         (np.arange(3), np.arange(3.0)),
-        (np.zeros((1, 2)), np.zeros((2, 1))),
-        (np.arange(3), [0, 1, 2]),
         (Point(1), Point(True)),
         (Point(Point(0.0)), Point(Point(-0.0))),
         (frozenset({1}), frozenset({True})),
@@ -284,6 +266,7 @@ def test_tensor_of_the_step_is_no_constant(data):
     ids=lambda value: type(value).__name__,
 )
 def test_values_that_compute_differently_are_different(one, other):
+    """`test_properties.py` has plain numbers, containers and arrays."""
     for around in (lambda v: v, lambda v: [v], lambda v: {"a": (0, v)}, Point):
         assert described(what=around(one)) != described(what=around(other))
 
@@ -291,9 +274,6 @@ def test_values_that_compute_differently_are_different(one, other):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: {"a": [1, (2.0, None)], "b": "c"},
-        lambda: np.arange(3),
-        lambda: float("nan"),
         lambda: Point(np.float32(0.1)),
         lambda: frozenset({8, 0, "a"}),
         lambda: Span(Point(0.0), ignored=[{"a": np.arange(3)}]),
