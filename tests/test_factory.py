@@ -127,9 +127,12 @@ def test_decorator_with_options():
     loss = early(1)
     assert (loss.name, loss.reduction, loss.dtype) == ("late", "sum", "float64")
     assert to_float(loss(Y_TRUE, Y_PRED)) == 12
-    saved = loss.get_config()["function"]  # the name in the logs does not change it
+    config = loss.get_config()
+    saved = config["function"]  # the name in the logs does not change it
     assert saved == "tests>test_decorator_with_options.<locals>.early"
     assert early.options(name=None)(1).get_config()["function"] == saved
+    assert lossargs.BoundLoss.from_config(config) is loss
+    assert keras.saving.get_registered_name(lossargs.BoundLoss) == "lossargs>BoundLoss"
 
 
 def test_options_change_what_is_given_and_keep_the_rest():
