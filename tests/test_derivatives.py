@@ -250,9 +250,6 @@ def test_random_layers_draw_once_in_each_step():
     assert (first[1] != second[1]).any()
 
 
-# Saving.
-
-
 TRAIN = """
 import json, keras, numpy as np, losses
 X, T = np.random.default_rng(0).uniform(-1, 1, (2, 24, 1)).astype("float32")
@@ -331,9 +328,6 @@ def test_models_written_on_other_backends(written_on):
     np.testing.assert_allclose(values["again"], u(X, T), atol=1e-5)
     np.testing.assert_allclose(values["u_xt"], difference(u, "xt", X, T), atol=1e-4)
     assert len(model.weights) == 4
-
-
-# What goes wrong.
 
 
 def fails(kind, *arguments):

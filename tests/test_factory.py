@@ -51,9 +51,6 @@ def test_public_names():
     assert type(shifted(1)) is lossargs.BoundLoss
 
 
-# Signatures
-
-
 def capturing():
     margin, later = 2.0, [1.0]
     return with_args(lambda y_true, y_pred: mse(y_true, y_pred) + margin + later[0])
@@ -116,9 +113,6 @@ def test_functions_that_cannot_be_a_factory(function, text):
     assert issubclass(ArgumentError, TypeError)
 
 
-# Options
-
-
 def test_decorator_with_options():
     @with_args(name="late", reduction="sum", dtype="float64", package="tests")
     def early(y_true, y_pred, shift):
@@ -158,9 +152,6 @@ def test_dtype_is_the_floatx_of_the_time_of_binding(request):
     assert shifted(1).dtype == "float64"
     assert late(1).dtype == "float32"
     assert outer(main=late(1)) is loss
-
-
-# Binding
 
 
 @pytest.mark.parametrize(
@@ -245,9 +236,6 @@ def test_tensor_of_the_step_is_no_constant(data):
         model.fit(data.x, data.y, verbose=0)
 
 
-# Equality
-
-
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -314,9 +302,6 @@ def test_same_object_is_held_weakly():
     assert bound() is None
 
 
-# Live values in other objects
-
-
 @pytest.mark.fit
 def test_live_values_in_namedtuples(data):
     @with_args
@@ -357,9 +342,6 @@ def test_live_values_in_other_objects_are_an_error_of_the_step(data, kind, live,
     for _ in range(2):
         with pytest.raises(lossargs.LossArgsError, match=text):
             model.fit(data.x, data.y, verbose=0)
-
-
-# Pickling and names
 
 
 def test_factory_pickles_by_reference():
