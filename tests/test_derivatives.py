@@ -119,13 +119,10 @@ def trained(form, how):
     return model, history.history
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, of torch.compile
 @pytest.mark.parametrize(
     ("form", "how"), [("grad for each", "graph"), *(("derivatives", how) for how in HOW)]
 )
 def test_training_is_that_of_the_step_by_hand(form, how):
-    if how == "compiled" and BACKEND == "torch" and KERAS < (3, 12):
-        pytest.skip("torch.compile fails on any loss of this Keras")
     model, logs = trained(form, how)
     by_hand, expected = trained("by hand", "graph")
     assert_same(model.get_weights(), by_hand.get_weights())
@@ -174,8 +171,6 @@ def test_mask_of_what_is_differentiated_along():
     slope = keras.Model(words, grad(mean, vectors)).predict(np.array([[1, 2, 0, 0]]))
     np.testing.assert_allclose(slope[0, :, 0], [0.5, 0.5, 0, 0])
 
-
-# State: layers that keep statistics, draw random numbers, or add losses.
 
 STATEFUL = {
     "plain": lambda h, u, x, t: u,

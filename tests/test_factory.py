@@ -239,10 +239,17 @@ def test_tensor_of_the_step_is_no_constant(data):
 @pytest.mark.parametrize(
     ("one", "other"),
     [
+        (1, 1.0),
+        (1, True),
+        (0.0, -0.0),
         (1.0, 1 + 0j),
+        ([1], (1,)),
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}),  # the function can see the order
         ((1,), Point(1)),
         (np.float32(0.1), np.float64(0.1)),
         (np.arange(3), np.arange(3.0)),
+        (np.zeros((1, 2)), np.zeros((2, 1))),
+        (np.arange(3), [0, 1, 2]),
         (Point(1), Point(True)),
         (Point(Point(0.0)), Point(Point(-0.0))),
         (frozenset({1}), frozenset({True})),
@@ -257,7 +264,6 @@ def test_tensor_of_the_step_is_no_constant(data):
     ids=lambda value: type(value).__name__,
 )
 def test_values_that_compute_differently_are_different(one, other):
-    """`test_properties.py` has plain numbers, containers and arrays."""
     for around in (lambda v: v, lambda v: [v], lambda v: {"a": (0, v)}, Point):
         assert described(what=around(one)) != described(what=around(other))
 
