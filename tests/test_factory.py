@@ -71,9 +71,6 @@ def test_decorated_and_inner_functions(bind, expected):
 
 
 def test_existing_keras_function():
-    assert str(inspect.signature(focal)) == (
-        "(alpha=0.25, gamma=2.0, from_logits=False, label_smoothing=0.0, axis=-1)"
-    )
     one_hot, probabilities = np.eye(3)[:2], np.full((2, 3), 1 / 3)
     ours = focal(gamma=1.0)(one_hot, probabilities)
     theirs = keras.losses.CategoricalFocalCrossentropy(gamma=1.0)(one_hot, probabilities)
@@ -84,6 +81,8 @@ def test_factory_tells_about_its_function():
     assert (shifted.__name__, shifted.__module__) == ("shifted", "losses")
     assert described.__doc__.startswith("Takes any value")
     assert str(inspect.signature(shifted)) == "(shift)"
+    defaults = "alpha=0.25, gamma=2.0, from_logits=False, label_smoothing=0.0, axis=-1"
+    assert str(inspect.signature(focal)) == f"({defaults})"
     assert list(inspect.signature(shifted.__wrapped__).parameters) == ["y_true", "y_pred", "shift"]
     assert repr(scaled) == "<loss factory scaled(scale=1.0, *, power=2.0)>"
 
@@ -217,7 +216,7 @@ def test_tensors_and_parameters_of_torch():
 
     tensor = torch.ones(1, requires_grad=True)
     for value, kind in ((tensor * 2, "Tensor"), (torch.nn.Parameter(torch.ones(1)), "Parameter")):
-        with pytest.raises(ArgumentError, match=f"Cannot bind .* to a {kind}: "):
+        with raising(ArgumentError, "Cannot bind ", f" to a {kind}: "):
             shifted(value)
     assert to_float(shifted()(Y_TRUE, Y_PRED, shift=tensor * 2)) == 7  # what to write instead
 

@@ -86,11 +86,11 @@ def test_batch_arguments_stay_unbound(tmp_path, data):
     model.evaluate(data.x, data.y, sample_weight={"mask": data.mask}, verbose=0)
 
 
-@pytest.mark.parametrize("name", ["deserialize", "get", "Huber", "nothing"])
-def test_only_loss_functions_of_keras_are_taken(name):
-    config = {**shifted(1).get_config(), "function": f"keras.losses>{name}"}
-    with pytest.raises(SavingError, match="which this process does not know"):
-        BoundLoss.from_config(config)
+def test_only_loss_functions_of_keras_are_taken():
+    for name in ("deserialize", "get", "Huber", "nothing"):
+        config = {**shifted(1).get_config(), "function": f"keras.losses>{name}"}
+        with pytest.raises(SavingError, match="which this process does not know"):
+            BoundLoss.from_config(config)
 
 
 SCRIPT = """
@@ -162,19 +162,16 @@ def test_function_that_moved_is_given_by_hand():
     config = {**shifted(10).get_config(), "function": "old_place>shifted"}
     with pytest.raises(SavingError, match="old_place>shifted"):
         BoundLoss.from_config(config)
-    for name, given in (
-        ("old_place>shifted", shifted),
-        ("shifted", shifted),
-        ("shifted", shifted.__wrapped__),
-    ):
-        with keras.saving.custom_object_scope({name: given}):
+    plain = shifted.__wrapped__
+    for found in ({"old_place>shifted": shifted}, {"shifted": shifted}, {"shifted": plain}):
+        with keras.saving.custom_object_scope(found):
             assert BoundLoss.from_config(config) is shifted(10)
 
 
 def test_function_that_takes_other_arguments_by_now():
     config = {**shifted(10).get_config(), "args": {"offset": 10}}
-    text = "does not match the signature of its function: "
-    with raising(SavingError, text, "'offset'", " takes 'shift'"):
+    text = "does not match the signature of its function: .*'offset'.* takes 'shift'"
+    with pytest.raises(SavingError, match=text):
         BoundLoss.from_config(config)
 
 
