@@ -82,6 +82,13 @@ def fixed(value: object = 1.0, name: str = "shift", **options: object) -> keras.
     return keras.Variable(value, trainable=False, name=name, **options)
 
 
+def nested_in_itself() -> list:
+    """Return a list that contains itself."""
+    loop: list = []
+    loop.append(loop)
+    return loop
+
+
 def step_itself() -> keras.optimizers.schedules.LearningRateSchedule:
     """Return a schedule whose value is the step."""
     return keras.optimizers.schedules.PolynomialDecay(0.0, 100, 100.0)

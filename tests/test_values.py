@@ -14,37 +14,16 @@ from helpers import message_of
 from lossargs import SavingError, _serialization, _values, with_args
 from losses import composed, described, shifted
 
-
-def reloaded(loss):
-    """The loss after its config went through JSON, as in a model file."""
-    return keras.losses.deserialize(json.loads(json.dumps(keras.losses.serialize(loss))))
-
-
-DTYPES = ["bool", "int8", "uint8", "int16", "int32", "int64", "float16", "float32", "float64"]
+# Besides the numbers, containers and arrays of `test_properties.py`.
 VALUES = [
-    None,
-    True,
-    10,
-    -0.0,
-    float("nan"),
-    float("inf"),
-    1e-300,
-    "",
-    "Größe\n\0",
-    [],
-    (),
-    {},
-    [1, (2.0, [None, "a"])],
-    {"a": {"b": (1,)}},
+    [None, True, 10, -0.0, float("nan"), float("inf"), 1e-300, "", "Größe\n\0", [], (), {}],
+    [1, (2.0, [None, "a"]), {"a": {"b": (1,)}}],
     {0: 1.0, 1: 2.0, (2, None): 3.0},
     {"kind": "tuple", "items": [1]},
     {"class_name": "Dense", "config": {"units": 3}, "module": "keras.layers"},
-    np.array(3.0),
-    np.zeros((0, 3), "float16"),
     np.array([[1.5, np.nan], [-np.inf, -0.0]], ">f4"),
-    np.array([1 + 2j], "complex64"),
     np.asfortranarray(np.arange(6).reshape(2, 3)),
-    *(np.array([[0, 1, 2], [3, 4, 5]], dtype) for dtype in DTYPES),
+    np.array([[0, 1, 2], [3, 4, 5]], "int16"),
     keras.activations.relu,
     composed(main=shifted.options(reduction=None)(3), weight=2),
     losses.scaled.options(name="late", reduction="sum", dtype="float64")(2),
@@ -54,7 +33,7 @@ VALUES = [
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: getattr(value, "__name__", repr(value)))
 def test_value_comes_back_exactly(value):
     loss = described(what=value)
-    back = reloaded(loss)
+    back = keras.losses.deserialize(json.loads(json.dumps(keras.losses.serialize(loss))))
     assert back is loss
     if isinstance(value, np.ndarray):
         np.testing.assert_array_equal(back.args["what"], value)
@@ -64,14 +43,10 @@ def test_value_comes_back_exactly(value):
 @pytest.mark.parametrize(
     ("given", "kept"),
     [
-        (np.float64(0.1), 0.1),
         (ml_dtypes.bfloat16(0.5), 0.5),
-        (np.int64(3), 3),
-        (np.bool_(True), True),
         (np.complex64(1 + 2j), 1 + 2j),
         (np.str_("a"), "a"),
         (np.bytes_(b"a"), b"a"),
-        (np.arange(4).astype(ml_dtypes.bfloat16), np.arange(4).astype("float32")),
         (np.arange(4).astype(ml_dtypes.float8_e5m2), np.arange(4).astype("float32")),
         (keras.ops.convert_to_tensor([1.0, 2.0]), np.array([1.0, 2.0], "float32")),
         (collections.OrderedDict(b=1, a=np.int8(2)), {"b": 1, "a": 2}),
