@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from helpers import linear_model
+from helpers import BACKEND, linear_model
 from lossargs import attach, with_args
 
 package = keras.saving.register_keras_serializable("networks")
@@ -12,6 +12,11 @@ RNG = np.random.default_rng(7)
 X = RNG.normal(size=(32, 3)).astype("float32")
 Y = RNG.normal(size=(32, 2)).astype("float32")
 ANCHOR, IMPORTANCE = RNG.random(size=(2, 3, 2)).astype("float32")
+HOW = {"eager": {"run_eagerly": True, "jit_compile": False}}  # ways to run a step
+if BACKEND == "tensorflow":
+    HOW["graph"] = {"jit_compile": False}
+if BACKEND != "torch":
+    HOW["several steps"] = {"steps_per_execution": 2}
 squared_error = keras.losses.mean_squared_error
 
 
@@ -28,11 +33,9 @@ def built(layer, input_shape=None):
     return filled(layer)
 
 
-# ---- A network that looks at both ----
-
-
 @with_args
 def perceptual(y_true, y_pred, features):
+    """Give a network both."""
     one, two = features(y_true, training=False), features(y_pred, training=False)
     return squared_error(y_true, y_pred) + squared_error(one, two)
 
@@ -50,9 +53,6 @@ def perceptual_by_hand(part, y, y_pred, training):
     return ops.mean((y - y_pred) ** 2) + ops.mean((seen[0] - seen[1]) ** 2)
 
 
-# ---- A head, trained with the model ----
-
-
 @with_args
 def projected(y_true, y_pred, head):
     return squared_error(y_true, head(y_pred)) + 0.01 * ops.sum(ops.abs(head.kernel))
@@ -67,11 +67,9 @@ def projected_by_hand(part, y, y_pred, training):
     return ops.mean(error**2) + 0.01 * ops.sum(ops.abs(part.kernel))
 
 
-# ---- Elastic weight consolidation, on a layer of the model itself ----
-
-
 @with_args
 def elastic(y_true, y_pred, layer, anchor, importance):
+    """Consolidate elastically the weights of a layer of the model itself."""
     penalty = ops.sum(importance * ops.square(layer.kernel - anchor))
     return squared_error(y_true, y_pred) + penalty
 
@@ -81,11 +79,10 @@ def elastic_by_hand(part, y, y_pred, training):
     return ops.mean((y - y_pred) ** 2) + ops.sum(importance * (part.kernel - anchor) ** 2)
 
 
-# ---- Centre loss: the layer moves its centres in each step ----
-
-
 @package
 class Centres(keras.layers.Layer):
+    """Moves its centres in each step."""
+
     def build(self, input_shape=None):
         zeros = {"initializer": "zeros", "trainable": False, "aggregation": "mean"}
         self.centres = self.add_weight(name="centres", shape=(2, 2), **zeros)
@@ -117,11 +114,10 @@ def centred_by_hand(part, y, y_pred, training):
     return value
 
 
-# ---- A queue of negatives, predictions of the batches before ----
-
-
 @package
 class Queue(keras.layers.Layer):
+    """Predictions of the batches before, as negatives."""
+
     def build(self, input_shape=None):
         zeros = {"initializer": "zeros", "trainable": False, "aggregation": "mean"}
         self.rows = self.add_weight(name="rows", shape=(20, 2), **zeros)
@@ -143,11 +139,9 @@ def contrasted_by_hand(part, y, y_pred, training):
     return ops.mean(ops.log(sums) - positive)
 
 
-# ---- Statistics of batches, that `training=True` updates ----
-
-
 @with_args
 def whitened(y_true, y_pred, norm):
+    """Update the statistics of batches."""
     return squared_error(norm(y_true, training=True), norm(y_pred, training=True))
 
 

@@ -96,7 +96,7 @@ def test_adapter_with_any_arguments():
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
 
-    assert Any().get_config()["name"] == "any"
+    assert Any(name="given").get_config()["name"] == "given"
 
 
 def test_last_adapter_of_a_type(data):

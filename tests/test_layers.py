@@ -15,40 +15,22 @@ import networks
 from helpers import BACKEND, TESTS, each_writer, linear_model, predictions
 from lossargs import ArgumentError, AttachError, LossArgs, SavingError, attach, detach, with_args
 from lossargs._keras import is_random_state
-from networks import (
-    CASES,
-    X,
-    Y,
-    assert_same,
-    assert_trained_alike,
-    built,
-    fitted,
-    saved,
-    weights_of,
-)
+from networks import CASES, X, Y, assert_trained_alike, fitted, saved, weights_of
 
 pytestmark = pytest.mark.fit
 each = pytest.mark.parametrize
-HOW = {"eager": {"run_eagerly": True, "jit_compile": False}, "accumulated": {}}
-if BACKEND == "tensorflow":
-    HOW["graph"] = {"jit_compile": False}
-if BACKEND != "torch":
-    HOW["several steps"] = {"steps_per_execution": 2}
 SEVERAL = ["trained features", "own layer", "queue"]
 VALIDATION = {"validation_data": (X[:8] + 1, Y[:8])}
 
 
 def compiled(model, loss=None, rate=0.02, how=None):
     options = {"gradient_accumulation_steps": 2} if how == "accumulated" else {"momentum": 0.5}
-    model.compile(keras.optimizers.SGD(rate, **options), loss=loss, **HOW.get(how, {}))
+    model.compile(keras.optimizers.SGD(rate, **options), loss=loss, **networks.HOW.get(how, {}))
     return model
 
 
 def attached(loss, network=None, rate=0.02, track=()):
     return compiled(attach(network or linear_model(), loss, track=track), loss, rate)
-
-
-# ---- As written by hand ----
 
 
 @each("case", CASES)
@@ -65,7 +47,7 @@ def test_numbers_of_compute_loss(case, tmp_path):
     assert_trained_alike(loaded, expected)
 
 
-@each("how", HOW)
+@each("how", [*networks.HOW, "accumulated"])
 def test_ways_to_run_a_step(how):
     """Several networks in one loss train as by hand; `test_live_parity.py` has torch.compile."""
     model, loss, *_ = networks.attached(*SEVERAL)
@@ -97,7 +79,7 @@ def test_weights_set_by_a_callback_cost_no_trace():
             seen.append(np.array(scale.kernel).item())
             scale.set_weights([2 * weight for weight in scale.get_weights()])
 
-    scale = built(keras.layers.Dense(1, use_bias=False), (None, 1))
+    scale = networks.built(keras.layers.Dense(1, use_bias=False), (None, 1))
     scale.set_weights([np.ones((1, 1))])
     model = attached(counting(scale=scale), rate=0.0)
     errors = ((Y - predictions(X)) ** 2).reshape(4, -1).mean(axis=1)
@@ -127,7 +109,7 @@ def test_mixed_precision():
 
 def test_nested_in_other_values():
     """Layers in containers and inner losses are trained; a tracked loss updates nothing more."""
-    head, centres = networks.head(), built(networks.Centres())
+    head, centres = networks.head(), networks.built(networks.Centres())
     projected, centred = networks.projected(head=head), networks.centred(centres=centres)
 
     @with_args
@@ -154,7 +136,7 @@ def test_metric_of_a_layer_is_logged():
             self.size.update_state(ops.mean(x))
             return super().call(x)
 
-    model = attached(networks.projected(head=built(Watched(2), (None, 2))), rate=0.0)
+    model = attached(networks.projected(head=networks.built(Watched(2), (None, 2))), rate=0.0)
     logs = fitted(model, validation_data=(X, Y))
     assert logs["size"] == logs["val_size"] == [pytest.approx(predictions(X).mean(), abs=1e-5)]
 
@@ -171,9 +153,6 @@ def test_subclassed_model():
 
     loss = networks.projected()
     assert_trained_alike(compiled(Own(loss), loss), compiled(networks.by_hand("head")), 2)
-
-
-# ---- Loops of one's own ----
 
 
 def gradients(model, loss):
@@ -204,7 +183,7 @@ def test_gradient_in_a_loop_of_ones_own():
     found = map(ops.convert_to_numpy, gradients(model, loss)[2:])
     slope = 2 * (x @ kernel + bias - Y) / Y.size
     expected = [x.T @ slope + 0.01 * np.sign(kernel), slope.sum(axis=0)]
-    assert_same(found, expected)
+    networks.assert_same(found, expected)
 
 
 def test_update_in_a_loop_of_ones_own():
@@ -216,9 +195,6 @@ def test_update_in_a_loop_of_ones_own():
         return
     gradients(model, loss)
     np.testing.assert_allclose(queue.rows, predictions(X)[:20], atol=1e-6)
-
-
-# ---- One object stays one object ----
 
 
 @with_args
@@ -286,7 +262,7 @@ def test_shared_layers_load_as_one(make, tmp_path):
     loaded = saved(model, tmp_path)
     again = saved(loaded, tmp_path)
     for one in (loaded, again):
-        assert_same(weights_of(one), weights_of(model), atol=0)
+        networks.assert_same(weights_of(one), weights_of(model), atol=0)
     assert_trained_alike(again, model)
     np.testing.assert_allclose(again.predict(X), model.predict(X), atol=1e-5)
 
@@ -299,10 +275,7 @@ def test_models_written_on_other_backends(written_on):
     model = keras.saving.load_model(folder / f"layers-{written_on}.keras", compile=False)
     compiled(model, model.layers[-1].loss)
     np.testing.assert_allclose(fitted(model, 2)["loss"], expected["loss"], atol=1e-5)
-    assert_same(weights_of(model), expected["weights"])
-
-
-# ---- Taken out again ----
+    networks.assert_same(weights_of(model), expected["weights"])
 
 
 def assert_gone(references):
@@ -368,9 +341,6 @@ def test_compiled_models_are_let_go():
 
     first, _ = trained(), trained()
     assert_gone(first)
-
-
-# ---- Random generators ----
 
 
 @with_args
@@ -445,9 +415,6 @@ def test_seeds_of_a_layer_advance():
     np.testing.assert_array_equal(drop.seed_generator.state.value, [3, 4])
 
 
-# ---- What cannot work ----
-
-
 def perceiving(features):
     return attached(networks.perceptual(features=features))
 
@@ -473,12 +440,6 @@ def test_layer_built_after_attach():
         fitted(model)
     layer.build((None, 2))
     assert np.isfinite(fitted(model)["loss"]).all()
-
-
-def test_layer_in_a_loss_that_is_not_attached():
-    model, loss = linear_model(), networks.projected(head=networks.head())
-    with pytest.raises(AttachError, match=r"has live arguments \('head'\), .* attach\(model, loss"):
-        fitted(compiled(model, loss))
 
 
 def test_captured_network():

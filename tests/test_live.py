@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 import losses
+import networks
 from helpers import (
     BACKEND,
     KERAS,
@@ -124,9 +125,6 @@ def test_precedence_of_the_call_live_values_and_the_batch(data):
     assert list(map(to_float, by_hand)) == pytest.approx([error_of(data)] * 4, rel=1e-5)
 
 
-# ---- Precision, masks, weights ----
-
-
 def test_bool_and_integers_keep_their_dtype(data):
     dtypes = {}
 
@@ -174,9 +172,6 @@ def test_weights(data):
     ):
         one, (other, _) = (m.train_on_batch(data.x, y, **weights) for m in (constant, live))
         assert one == pytest.approx(other, rel=1e-6)
-
-
-# ---- Logs ----
 
 
 def test_logs_of_fit(data, tmp_path):
@@ -254,9 +249,6 @@ def test_names_that_keras_logs_as_well(data):
     assert logs["flexible_a_loss"] == 1
     assert set(live_args(model)) == {"flexible_a_loss", "flexible_mae"}
     assert logs["a_loss"] > 3
-
-
-# ---- Subclassed models ----
 
 
 class AutoEncoder(keras.Model):
@@ -379,28 +371,27 @@ def test_train_step_of_the_guide_for_jax(data):
         model.fit(data.x, data.y, verbose=0)
 
 
-# ---- Errors ----
-
-
 def changed_after(loss):
     network = linear_model()
     return keras.Model(network.inputs[0], 2 * attach(network.outputs[0], loss))
 
 
-NOT_ATTACHED = ["shifted(shift=<", "attach(model, loss)", "shift=..."]
-ANOTHER_LOSS = [
-    "shifted(shift=<variable 'shift'>)",
-    "Compile with the attached loss",
+NOT_ATTACHED = [
+    "shifted(shift=<",
+    "has live arguments ('shift')",
     "attach(model, loss)",
+    "shift=...",
 ]
+OTHER = "shifted(shift=<variable 'shift'>)", "Compile with the attached loss", "attach(model, loss)"
 WRONG = {
     "variable": (lambda: made(linear_model(), bound()), NOT_ATTACHED),
     "schedule": (lambda: made(linear_model(), losses.shifted(step_itself())), NOT_ATTACHED),
     "input": (lambda: made(linear_model(), losses.shifted(keras.Input((2,)))), NOT_ATTACHED),
+    "layer": (lambda: made(linear_model(), losses.shifted(networks.head())), NOT_ATTACHED),
     "changed output": (lambda: made(changed_after(loss := bound()), loss), NOT_ATTACHED),
-    "bound anew": (lambda: made(attach(linear_model(), bound()), bound()), ANOTHER_LOSS),
-    "constant": (lambda: made(attach(linear_model(), bound()), losses.shifted(1.0)), ANOTHER_LOSS),
-    "name": (lambda: made(attach(linear_model(), bound()), "mse"), [*ANOTHER_LOSS, "'mse'"]),
+    "bound anew": (lambda: made(attach(linear_model(), bound()), bound()), OTHER),
+    "constant": (lambda: made(attach(linear_model(), bound()), losses.shifted(1.0)), OTHER),
+    "name": (lambda: made(attach(linear_model(), bound()), "mse"), [*OTHER, "'mse'"]),
     "metric": (
         lambda: made(attach(linear_model(), loss := bound()), loss, metrics=[loss]),
         ["metric", "track=["],
@@ -451,9 +442,6 @@ def test_wrong_call_of_the_layer(call, words, data):
     for y in (INPUT, ops.convert_to_tensor(data.y)):
         with raising(AttachError, *words):
             call(layer, y)
-
-
-# ---- Nothing is left behind ----
 
 
 def test_steps_leave_nothing_behind(data):
