@@ -343,12 +343,9 @@ def test_train_step_of_the_guide_for_jax(data):
             gradient = jax.value_and_grad(self.compute_loss_and_updates, has_aux=True)
             (loss, state), gradients = gradient(trainable, state, *data)
             trainable, optimizer = self.optimizer.stateless_apply(optimizer, gradients, trainable)
-            logs, rest = {"loss": loss}, list(metrics)
-            for metric in self.metrics:
-                own, rest = rest[: len(metric.variables)], rest[len(metric.variables) :]
-                if metric.name == "lossargs":
-                    logs |= metric.stateless_result(own)
-            return logs, (trainable, state, optimizer, metrics)
+            of_layer = self.loss_args.metrics[0]
+            logs = of_layer.stateless_result(metrics[-len(of_layer.variables) :])
+            return {"loss": loss, **logs}, (trainable, state, optimizer, metrics)
 
         def call(self, x, training=None):
             return super().call(x)
