@@ -55,6 +55,24 @@ def test_ways_to_run_a_step(how):
     assert_trained_alike(compiled(model, loss, how=how), expected, 2, **VALIDATION)
 
 
+def test_error_in_a_later_step():
+    broken = []
+
+    @with_args
+    def fragile(y_true, y_pred, *, head):
+        if broken:
+            raise ZeroDivisionError("of the user")
+        return keras.losses.mean_squared_error(y_true, head(y_pred))
+
+    loss = fragile(head=networks.head())
+    model = compiled(attach(linear_model(), loss), loss, how="eager")
+    fitted(model)
+    broken.append(True)
+    with pytest.raises(ZeroDivisionError, match="of the user") as caught:
+        fitted(model)
+    assert any("While computing the loss fragile" in note for note in caught.value.__notes__)
+
+
 def test_trainable_changes_between_compiles():
     model, loss, features = networks.attached("trained features")
     for is_trained in (False, True):
