@@ -455,7 +455,7 @@ def test_layer_built_after_attach():
     layer = keras.layers.Dense(2)
     model = perceiving(layer)
     with pytest.raises(AttachError, match="'features' of .* is not built: 'dense"):
-        fitted(model)
+        fitted(perceiving(keras.layers.Dense(2)))
     layer.build((None, 2))
     assert np.isfinite(fitted(model)["loss"]).all()
 
