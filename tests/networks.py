@@ -1,14 +1,10 @@
-"""Losses that are given a layer or a model, and the same written by hand.
-
-A case has a part, the loss that is given it, and what `compute_loss` would compute with it. The
-weights of a part are the same on every backend.
-"""
+"""Losses that are given a layer or a model, and the same written by hand."""
 
 import keras
 import numpy as np
 from keras import ops
 
-from helpers import linear_model
+from helpers import BACKEND, linear_model
 from lossargs import attach, with_args
 
 package = keras.saving.register_keras_serializable("networks")
@@ -16,21 +12,30 @@ RNG = np.random.default_rng(7)
 X = RNG.normal(size=(32, 3)).astype("float32")
 Y = RNG.normal(size=(32, 2)).astype("float32")
 ANCHOR, IMPORTANCE = RNG.random(size=(2, 3, 2)).astype("float32")
+HOW = {"eager": {"run_eagerly": True, "jit_compile": False}}  # ways to run a step
+if BACKEND == "tensorflow":
+    HOW["graph"] = {"jit_compile": False}
+if BACKEND != "torch":
+    HOW["several steps"] = {"steps_per_execution": 2}
 squared_error = keras.losses.mean_squared_error
 
 
 def filled(layer):
+    """Return the layer with weights that are the same on every backend."""
     for place, variable in enumerate(layer.weights):
         values = 0.5 + 0.4 * np.sin(np.arange(np.prod(variable.shape)) + place)
         variable.assign(np.reshape(values, variable.shape))
     return layer
 
 
-# ---- A network that looks at both ----
+def built(layer, input_shape=None):
+    layer.build(input_shape)
+    return filled(layer)
 
 
 @with_args
-def perceptual(y_true, y_pred, *, features):
+def perceptual(y_true, y_pred, features):
+    """Give a network both."""
     one, two = features(y_true, training=False), features(y_pred, training=False)
     return squared_error(y_true, y_pred) + squared_error(one, two)
 
@@ -48,18 +53,13 @@ def perceptual_by_hand(part, y, y_pred, training):
     return ops.mean((y - y_pred) ** 2) + ops.mean((seen[0] - seen[1]) ** 2)
 
 
-# ---- A head, trained with the model ----
-
-
 @with_args
-def projected(y_true, y_pred, *, head):
+def projected(y_true, y_pred, head):
     return squared_error(y_true, head(y_pred)) + 0.01 * ops.sum(ops.abs(head.kernel))
 
 
 def head():
-    layer = keras.layers.Dense(2, name="head")
-    layer.build((None, 2))
-    return filled(layer)
+    return built(keras.layers.Dense(2, name="head"), (None, 2))
 
 
 def projected_by_hand(part, y, y_pred, training):
@@ -67,11 +67,9 @@ def projected_by_hand(part, y, y_pred, training):
     return ops.mean(error**2) + 0.01 * ops.sum(ops.abs(part.kernel))
 
 
-# ---- Elastic weight consolidation, on a layer of the model itself ----
-
-
 @with_args
-def elastic(y_true, y_pred, *, layer, anchor, importance):
+def elastic(y_true, y_pred, layer, anchor, importance):
+    """Consolidate elastically the weights of a layer of the model itself."""
     penalty = ops.sum(importance * ops.square(layer.kernel - anchor))
     return squared_error(y_true, y_pred) + penalty
 
@@ -81,11 +79,10 @@ def elastic_by_hand(part, y, y_pred, training):
     return ops.mean((y - y_pred) ** 2) + ops.sum(importance * (part.kernel - anchor) ** 2)
 
 
-# ---- Centre loss: the layer moves its centres in each step ----
-
-
 @package
 class Centres(keras.layers.Layer):
+    """Moves its centres in each step."""
+
     def build(self, input_shape=None):
         zeros = {"initializer": "zeros", "trainable": False, "aggregation": "mean"}
         self.centres = self.add_weight(name="centres", shape=(2, 2), **zeros)
@@ -99,7 +96,7 @@ class Centres(keras.layers.Layer):
 
 
 @with_args
-def centred(y_true, y_pred, *, centres):
+def centred(y_true, y_pred, centres):
     one_hot = ops.one_hot(ops.cast(y_true[:, 0] > 0, "int32"), 2)
     return squared_error(y_true, y_pred) + 0.5 * centres(y_pred, one_hot)
 
@@ -117,18 +114,17 @@ def centred_by_hand(part, y, y_pred, training):
     return value
 
 
-# ---- A queue of negatives, predictions of the batches before ----
-
-
 @package
 class Queue(keras.layers.Layer):
+    """Predictions of the batches before, as negatives."""
+
     def build(self, input_shape=None):
         zeros = {"initializer": "zeros", "trainable": False, "aggregation": "mean"}
         self.rows = self.add_weight(name="rows", shape=(20, 2), **zeros)
 
 
 @with_args
-def contrasted(y_true, y_pred, *, queue):
+def contrasted(y_true, y_pred, queue):
     positive = ops.sum(y_true * y_pred, axis=-1, keepdims=True)
     logits = ops.concatenate([positive, y_pred @ ops.transpose(queue.rows)], axis=-1)
     queue.rows.assign(ops.concatenate([ops.stop_gradient(y_pred), queue.rows])[:20])
@@ -143,11 +139,9 @@ def contrasted_by_hand(part, y, y_pred, training):
     return ops.mean(ops.log(sums) - positive)
 
 
-# ---- Statistics of batches, that `training=True` updates ----
-
-
 @with_args
-def whitened(y_true, y_pred, *, norm):
+def whitened(y_true, y_pred, norm):
+    """Update the statistics of batches."""
     return squared_error(norm(y_true, training=True), norm(y_pred, training=True))
 
 
@@ -169,22 +163,14 @@ def whitened_by_hand(part, y, y_pred, training):
     return ops.mean((scaled[0] - scaled[1]) ** 2)
 
 
-CASES = {
-    "frozen features": (
-        lambda: features(trainable=False),
-        lambda part: perceptual(features=part),
-        perceptual_by_hand,
-    ),
-    "trained features": (features, lambda part: perceptual(features=part), perceptual_by_hand),
-    "head": (head, lambda part: projected(head=part), projected_by_hand),
-    "own layer": (
-        None,
-        lambda part: elastic(layer=part, anchor=ANCHOR, importance=IMPORTANCE),
-        elastic_by_hand,
-    ),
-    "centre loss": (Centres, lambda part: centred(centres=part), centred_by_hand),
-    "queue": (Queue, lambda part: contrasted(queue=part), contrasted_by_hand),
-    "batch statistics": (norm, lambda part: whitened(norm=part), whitened_by_hand),
+CASES = {  # what makes the part, the loss of the part, and that by hand
+    "frozen features": (lambda: features(trainable=False), perceptual, perceptual_by_hand),
+    "trained features": (features, perceptual, perceptual_by_hand),
+    "head": (head, projected, projected_by_hand),
+    "own layer": (None, lambda layer: elastic(layer, ANCHOR, IMPORTANCE), elastic_by_hand),
+    "centre loss": (Centres, centred, centred_by_hand),
+    "queue": (Queue, contrasted, contrasted_by_hand),
+    "batch statistics": (norm, whitened, whitened_by_hand),
 }
 
 
@@ -193,10 +179,7 @@ def part_of(case, network):
     if make is None:
         return network.layers[0]
     part = make()
-    if not part.built:
-        part.build()
-        filled(part)
-    return part
+    return part if part.built else built(part)
 
 
 @with_args
@@ -239,3 +222,27 @@ def by_hand(*cases):
 def fitted(model, epochs=1, **options):
     given = {"batch_size": 8, "shuffle": False, "verbose": 0, "epochs": epochs, **options}
     return model.fit(X, Y, **given).history
+
+
+def weights_of(model):
+    return [np.array(variable) for variable in model.weights]
+
+
+def assert_same(weights, expected, atol=1e-5):
+    for one, two in zip(weights, expected, strict=True):
+        np.testing.assert_allclose(one, two, atol=atol)
+
+
+def assert_trained_alike(model, other, epochs=1, **options):
+    """Train both, compare their losses and weights, and return the logs of the first."""
+    logs, expected = (fitted(one, epochs, **options) for one in (model, other))
+    for name, values in expected.items():
+        np.testing.assert_allclose(logs[name], values, atol=1e-5)
+    assert_same(weights_of(model), weights_of(other))
+    return logs
+
+
+def saved(model, tmp_path):
+    """Return the model as it loads from a file."""
+    model.save(tmp_path / "model.keras")
+    return keras.saving.load_model(tmp_path / "model.keras")

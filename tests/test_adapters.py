@@ -30,9 +30,7 @@ def test_type_that_an_adapter_adapts(data, tmp_path):
         model.reset_metrics()
         seen.append(model.train_on_batch(data.x, data.y, return_dict=True)["shift"])
     assert seen == [3, 2, 1, 0]
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert logs_of(loaded, data.x, data.y)["shift"] == 0
+    assert logs_of(networks.saved(model, tmp_path), data.x, data.y)["shift"] == 0
 
 
 def test_tensor_given_in_a_call_of_the_layer(data):
@@ -48,59 +46,49 @@ def test_tensor_given_in_a_call_of_the_layer(data):
     loss = losses.shifted(kinds.MovingAverage(decay=0.0))
     model = Subclassed(loss)
     model.compile("sgd", loss=loss)
-    logs = logs_of(model, data.x, data.y)
-    assert logs["shift"] == pytest.approx(data.x.sum(axis=1).mean(), rel=1e-4)
+    shift = logs_of(model, data.x, data.y)["shift"]
+    assert shift == pytest.approx(data.x.sum(axis=1).mean(), rel=1e-4)
 
 
 def test_object_that_an_adapter_hands_over(tmp_path):
-    loss = networks.centred(centres=kinds.Handing(networks.part_of("centre loss", None)))
-    model = attach(linear_model(), loss)
-    model.compile(keras.optimizers.SGD(0.05), loss=loss)
-    by_hand = networks.by_hand("centre loss")
+    loss = networks.centred(kinds.Handing(networks.part_of("centre loss", None)))
+    model, by_hand = attached(loss, rate=0.05), networks.by_hand("centre loss")
     by_hand.compile(keras.optimizers.SGD(0.05))
-    for _ in range(2):
-        expected = networks.fitted(by_hand)["loss"]
-        assert networks.fitted(model)["loss"] == pytest.approx(expected, rel=1e-5)
-        before = [np.array(variable) for variable in model.weights]
-        model.evaluate(networks.X, networks.Y, verbose=0)
-        np.testing.assert_equal([np.array(variable) for variable in model.weights], before)
-        model.save(tmp_path / "model.keras")
-        model = keras.saving.load_model(tmp_path / "model.keras")
+    networks.assert_trained_alike(model, by_hand)
+    before = networks.weights_of(model)
+    model.evaluate(networks.X, networks.Y, batch_size=8, verbose=0)
+    np.testing.assert_equal(networks.weights_of(model), before)
+    loaded = networks.saved(networks.saved(model, tmp_path), tmp_path)
+    networks.assert_trained_alike(loaded, by_hand)
 
 
-def test_adapter_without_a_config_of_its_arguments(tmp_path):
-    class Shifting(Adapter):
-        shape = ()
+class Constant(Adapter):
+    """Has a value that does not change."""
 
-        def __init__(self, by, **kwargs):
-            super().__init__(**kwargs)
-            self.by = by
+    shape, number = (), 1.0
 
-        def value(self, tensor, training):
-            return ops.convert_to_tensor(self.by)
+    def __init__(self, held, **kwargs):
+        super().__init__(**kwargs)
 
-    model = attach(linear_model(), losses.shifted(Shifting(2.0)))
-    words = r"Shifting has no get_config, and would load without 'by'\. .*'by': self\.by}"
-    with pytest.raises(SavingError, match=words):
-        model.save(tmp_path / "model.keras")
+    def value(self, tensor, training):
+        return ops.convert_to_tensor(self.number)
 
 
-def test_adapter_that_loads_without_the_object(tmp_path):
-    class Held:
-        pass
+class Held:
+    pass
 
-    class OfHeld(Adapter):
+
+def test_adapters_that_would_load_without_an_argument(tmp_path):
+    class OfHeld(Constant):
         adapts = Held
 
-        def __init__(self, held, **kwargs):
-            super().__init__(**kwargs)
-
-        def value(self, tensor, training):
-            return ops.ones(())
-
-    model = attach(linear_model(), losses.shifted(Held()))
-    with pytest.raises(SavingError, match="OfHeld has no get_config.* without 'held'"):
-        model.save(tmp_path / "model.keras")
+    for value, words in (
+        (Constant(2.0), r"Constant has no get_config.* without 'held'\. .*'held': self\.held}"),
+        (Held(), "OfHeld has no get_config.* without 'held'"),
+    ):
+        model = attach(linear_model(), losses.shifted(value))
+        with pytest.raises(SavingError, match=words):
+            model.save(tmp_path / "model.keras")
 
 
 def test_adapter_with_any_arguments():
@@ -108,33 +96,18 @@ def test_adapter_with_any_arguments():
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
 
-    assert Any().get_config()["name"] == "any"
-
-
-class Thing:
-    pass
-
-
-THING = Thing()
+    assert Any(name="given").get_config()["name"] == "given"
 
 
 def test_last_adapter_of_a_type(data):
     """A notebook cell that defines one is run again."""
+    held = Held()
     for constant in (1.0, 2.0):
 
-        class OfThing(Adapter):
-            adapts = Thing
-            shape = ()
-            factor = constant
+        class OfHeld(Constant):
+            adapts, number = Held, constant
 
-            def __init__(self, thing, **kwargs):
-                super().__init__(**kwargs)
-
-            def value(self, tensor, training):
-                return ops.convert_to_tensor(self.factor)
-
-        logs = logs_of(attached(losses.shifted(THING)), data.x, data.y)
-        assert logs["shift"] == constant
+        assert logs_of(attached(losses.shifted(held)), data.x, data.y)["shift"] == constant
 
 
 def test_adapters_that_are_wrong(data):
