@@ -19,9 +19,8 @@ SHAPE = (6, 4)
 # No formula below has a kink where the error is within these, rounded and differentiated.
 ERROR = rng.choice([-1, 1], SHAPE) * (rng.choice([0.2, 0.9], SHAPE) + rng.uniform(-0.1, 0.1, SHAPE))
 TARGET, SPREAD, MEAN = rng.uniform(-1, 1, (3, *SHAPE))
-LOGITS, OTHER_LOGITS = rng.uniform(-3, 3, (2, *SHAPE))
+LOGITS = rng.uniform(-3, 3, SHAPE)
 POSITIVE = rng.uniform(0.5, 2, SHAPE)
-PROBABILITY = rng.uniform(0.1, 0.9, SHAPE)
 LABEL = np.eye(4)[rng.integers(4, size=6)]
 
 
@@ -43,16 +42,6 @@ def case(factory, y_true, y_pred, **args):
 
 
 @with_args
-def shifted_mse(y_true, y_pred, shift):
-    return mean(ops.square(y_true - y_pred)) + shift
-
-
-@case(shifted_mse, TARGET, TARGET + ERROR, shift=0.5)
-def _(t, p, shift):
-    return np.einsum("ij,ij->i", t - p, t - p) / 4 + shift
-
-
-@with_args
 def weighted_mae(y_true, y_pred, weight):
     return ops.sum(weight * ops.abs(y_true - y_pred), axis=-1) / ops.sum(weight, axis=-1)
 
@@ -60,32 +49,6 @@ def weighted_mae(y_true, y_pred, weight):
 @case(weighted_mae, TARGET, TARGET + ERROR, weight=POSITIVE)
 def _(t, p, weight):
     return np.array([np.average(e, weights=w) for e, w in zip(np.abs(t - p), weight, strict=True)])
-
-
-@with_args
-def huber(y_true, y_pred, delta):
-    error = ops.abs(y_true - y_pred)
-    outside = delta * (error - 0.5 * delta)
-    return mean(ops.where(error < delta, 0.5 * ops.square(error), outside))
-
-
-@case(huber, TARGET, TARGET + ERROR, delta=0.5)
-def _(t, p, delta):
-    inside = np.minimum(np.abs(t - p), delta)
-    return (inside * (np.abs(t - p) - inside / 2)).mean(-1)
-
-
-@with_args
-def binary_focal(y_true, y_pred, gamma, alpha):
-    hit = y_true * y_pred + (1 - y_true) * (1 - y_pred)
-    balance = y_true * alpha + (1 - y_true) * (1 - alpha)
-    return -mean(balance * ops.power(1 - hit, gamma) * ops.log(hit))
-
-
-@case(binary_focal, LABEL, PROBABILITY, gamma=2.0, alpha=0.25)
-def _(t, p, gamma, alpha):
-    positive, negative = alpha * (1 - p) ** gamma * np.log(p), (1 - alpha) * p**gamma * np.log1p(-p)
-    return -np.where(t == 1, positive, negative).mean(-1)
 
 
 @with_args
@@ -102,20 +65,6 @@ def _(t, p, smoothing, temperature):
 
 
 @with_args
-def distillation(y_true, y_pred, temperature):
-    teacher, student = (ops.log_softmax(z / temperature) for z in (y_true, y_pred))
-    divergence = ops.sum(ops.exp(teacher) * (teacher - student), axis=-1)
-    return ops.square(temperature) * divergence
-
-
-@case(distillation, OTHER_LOGITS, LOGITS, temperature=1.5)
-def _(t, p, temperature):
-    t, p = np.exp(t / temperature), np.exp(p / temperature)
-    t, p = t / t.sum(-1, keepdims=True), p / p.sum(-1, keepdims=True)
-    return temperature**2 * (t * np.log(t / p)).sum(-1)
-
-
-@with_args
 def vae(y_true, y_pred, z_mean, z_log_var, beta):
     kl = -0.5 * ops.sum(1 + z_log_var - ops.square(z_mean) - ops.exp(z_log_var), axis=-1)
     return ops.sum(ops.square(y_true - y_pred), axis=-1) + beta * kl
@@ -126,17 +75,6 @@ def _(t, p, z_mean, z_log_var, beta):
     deviation = np.exp(z_log_var / 2)
     kl = (deviation**2 + z_mean**2) / 2 - np.log(deviation) - 0.5
     return ((t - p) ** 2 + beta * kl).sum(-1)
-
-
-@with_args
-def pinball(y_true, y_pred, q):
-    error = y_true - y_pred
-    return mean(ops.where(error > 0, q * error, (q - 1) * error))
-
-
-@case(pinball, TARGET, TARGET + ERROR, q=0.25)
-def _(t, p, q):
-    return np.where(t > p, q * (t - p), (1 - q) * (p - t)).mean(-1)
 
 
 @with_args
@@ -153,32 +91,6 @@ def _(t, p, advantage, epsilon):
     ratio, bound = np.exp(p) / np.exp(t), 1 + np.sign(advantage) * epsilon
     held = np.where(advantage > 0, ratio > bound, ratio < bound)
     return -(np.where(held, bound, ratio) * advantage).mean(-1)
-
-
-@with_args
-def tversky(y_true, y_pred, alpha, beta):
-    both = ops.sum(y_true * y_pred, axis=-1)
-    false_positive = ops.sum((1 - y_true) * y_pred, axis=-1)
-    false_negative = ops.sum(y_true * (1 - y_pred), axis=-1)
-    return 1 - both / (both + alpha * false_positive + beta * false_negative)
-
-
-@case(tversky, LABEL, PROBABILITY, alpha=0.25, beta=0.75)
-def _(t, p, alpha, beta):
-    missed = alpha * (p.sum(-1) - (p * t).sum(-1)) + beta * (t.sum(-1) - (p * t).sum(-1))
-    return missed / ((p * t).sum(-1) + missed)
-
-
-@with_args
-def gaussian_nll(y_true, y_pred, log_var):
-    error = ops.square(y_true - y_pred)
-    return 0.5 * mean(log_var + error * ops.exp(-log_var))
-
-
-@case(gaussian_nll, TARGET, TARGET + ERROR, log_var=SPREAD)
-def _(t, p, log_var):
-    deviation = np.exp(log_var / 2)
-    return (np.log(deviation) + ((t - p) / deviation) ** 2 / 2).mean(-1)
 
 
 def slope(function, value):
