@@ -166,37 +166,31 @@ def everything():
     return attach(network, loss, track=[losses.described.options(name="tracked")(what=[1.0])])
 
 
-def members(model, path):
-    """The members of the file of a model."""
-    model.save(path / "model.keras")
-    with zipfile.ZipFile(path / "model.keras") as file:
-        return {name: file.read(name) for name in file.namelist()}
-
-
-def load(members, path, **config):
-    config = {**json.loads(members["config.json"]), **config}
-    with zipfile.ZipFile(path / "hostile.keras", "w") as file:
-        for name, content in {**members, "config.json": json.dumps(config)}.items():
-            file.writestr(name, content)
+def load(saved, path, name, content):
+    """Load a file of which one member is another one."""
+    with zipfile.ZipFile(saved) as old, zipfile.ZipFile(path / "hostile.keras", "w") as new:
+        for member in old.namelist():
+            new.writestr(member, content if member == name else old.read(member))
     return keras.saving.load_model(path / "hostile.keras")
 
 
-def config_of(members):
-    return json.loads(members["config.json"])["config"]
-
-
-def layer_in(config, name="LossArgs"):
-    return next(one for one in config["layers"] if one["class_name"] == name)
-
-
 @pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    return members(everything(), tmp_path_factory.mktemp("good"))
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("good") / "model.keras"
+    everything().save(path)
+    return path
 
 
 @pytest.fixture
-def layer(good):
-    return layer_in(config_of(good))
+def config(saved):
+    with zipfile.ZipFile(saved) as file:
+        return json.loads(file.read("config.json"))
+
+
+@pytest.fixture
+def layer(config):
+    """The part of the config that describes the layer."""
+    return next(one for one in config["config"]["layers"] if one["class_name"] == "LossArgs")
 
 
 def changed(config, place, value):
@@ -244,7 +238,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def watched(folder):
     with watching(folder):
-        yield
+        yield folder
 
 
 ACTS = {
@@ -285,16 +279,14 @@ def test_anything_anywhere(layer, watched):
 
 
 @pytest.mark.parametrize("case", list(CASES)[::12])  # whole files take longer
-def test_file(good, case, watched, tmp_path):
-    config = config_of(good)
-    layer = layer_in(config)
+def test_file(saved, config, layer, case, watched):
     layer["config"] = changed(layer["config"], *CASES[case])
     with refused():
-        load(good, tmp_path, config=config)
+        load(saved, watched, "config.json", json.dumps(config))
 
 
-def test_good_file_loads_afterwards(good, tmp_path):
-    assert repr(layer_of(load(good, tmp_path)).loss) == repr(layer_of(everything()).loss)
+def test_good_file_loads_afterwards(saved):
+    assert repr(layer_of(keras.saving.load_model(saved)).loss) == repr(layer_of(everything()).loss)
 
 
 def compiled(**config):
@@ -388,21 +380,21 @@ def test_derivatives(watched):
         (np.array([b"os.system"]), "could not convert string|Invalid dtype: bytes"),
     ],
 )
-def test_weights(good, data, reason, tmp_path):
-    content = io.BytesIO(good["model.weights.h5"])
+def test_weights(saved, data, reason, tmp_path):
+    with zipfile.ZipFile(saved) as file:
+        content = io.BytesIO(file.read("model.weights.h5"))
     with h5py.File(content, "r+") as file:
         place = "layers/loss_args/adapters/variable_adapter/vars/0"
         del file[place]
         if data is not None:
             file.create_dataset(place, data=data)
     with pytest.raises(ValueError, match=f"(?s)({reason}).*VariableAdapter"):
-        load({**good, "model.weights.h5": content.getvalue()}, tmp_path)
+        load(saved, tmp_path, "model.weights.h5", content.getvalue())
 
 
-def test_object_under_the_id_of_another(good, watched, tmp_path):
-    config = config_of(good)
-    layer = layer_in(config)["config"]
-    for one in (layer["loss"]["config"]["args"]["live"]["object"], layer["track"][0]):
+def test_object_under_the_id_of_another(saved, config, layer, watched):
+    parts = layer["config"]
+    for one in (parts["loss"]["config"]["args"]["live"]["object"], parts["track"][0]):
         one["shared_object_id"] = 123456
     with refused("VariableAdapter is no BoundLoss"):
-        load(good, tmp_path, config=config)
+        load(saved, watched, "config.json", json.dumps(config))
