@@ -181,8 +181,8 @@ def merged(function, case):
     args = dict(zip(function.positional, case.positionals, strict=False))
     twice = [n for n in case.keywords if n in args]
     args |= case.keywords | case.replacements
-    # Losses among the bound arguments read the batch, too.
-    case.inner = any(isinstance(value, keras.losses.Loss) for value in args.values())
+    # Losses among the bound arguments read the batch, too. Others, given at the call, do not.
+    case.inner = [value for value in args.values() if isinstance(value, keras.losses.Loss)]
     own = [n for n in case.batch if n != "shift" or not case.inner]
     args |= {n: v for n, v in case.batch.items() if function.takes(n)} | case.extras
     too_many = case.positionals[len(function.positional) :]
@@ -237,7 +237,8 @@ def test_bound_loss_equals_the_direct_call(call):
     for name, given_value in args.items():
         if amount(given_value, {}) is None:  # no number
             assert bits(got[name]) == bits(plain(given_value))
-    amounts = [amount(v, case.batch if case.inner else {}) for v in args.values()]
+    read = [case.batch if any(v is one for one in case.inner) else {} for v in args.values()]
+    amounts = list(map(amount, args.values(), read))
     terms = [place * term for place, term in enumerate(amounts, 1) if term is not None]
     weights = np.ones(2) if case.weight is None else np.array(case.weight)
     expected = REDUCED[case.reduction](sum(terms, SAMPLES), weights)
