@@ -42,8 +42,8 @@ def to_float(value: object) -> float:
     return float(keras.ops.convert_to_numpy(keras.ops.cast(value, "float32")))
 
 
-def gradient(function: object, value: np.ndarray) -> np.ndarray:
-    """The derivative of a scalar function at `value`, by the backend in use."""
+def value_and_gradient(function: object, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A scalar function and its derivative at `value`, by the backend in use."""
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
@@ -51,16 +51,22 @@ def gradient(function: object, value: np.ndarray) -> np.ndarray:
         with tf.GradientTape() as tape:
             tape.watch(tensor)
             result = function(tensor)
-        return tape.gradient(result, tensor).numpy()
+        return result.numpy(), tape.gradient(result, tensor).numpy()
     if BACKEND == "jax":
         import jax
 
-        return np.asarray(jax.grad(function)(value))
+        return tuple(map(np.asarray, jax.value_and_grad(function)(value)))
     import torch
 
     tensor = torch.tensor(value, requires_grad=True)
-    function(tensor).backward()
-    return tensor.grad.numpy()
+    result = function(tensor)
+    result.backward()
+    return result.detach().numpy(), tensor.grad.numpy()
+
+
+def gradient(function: object, value: np.ndarray) -> np.ndarray:
+    """The derivative of a scalar function at `value`, by the backend in use."""
+    return value_and_gradient(function, value)[1]
 
 
 @contextlib.contextmanager

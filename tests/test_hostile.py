@@ -3,10 +3,12 @@
 import base64
 import contextlib
 import copy
+import functools
 import io
 import itertools
 import json
 import marshal
+import operator
 import os
 import pickle
 import runpy
@@ -21,11 +23,11 @@ import keras
 import numpy as np
 import numpy.testing  # which older NumPy imports when it is used first
 import pytest
-from keras.src.saving.serialization_lib import SafeModeScope, in_safe_mode
+from keras.src.saving.serialization_lib import ObjectSharingScope, SafeModeScope, in_safe_mode
 
 import losses
-from helpers import KERAS, linear_model
-from lossargs import LossArgs, LossArgsError, attach, grad
+from helpers import KERAS, layer_of, linear_model
+from lossargs import LossArgsError, attach, grad
 
 BIG = 2**28  # float32 of it are 1 GiB
 MISSING = object()
@@ -148,7 +150,7 @@ CASES = {
 }
 
 
-def attached():
+def everything():
     """A model with live values of each kind, a loss in a loss, and a tracked loss."""
     variable = keras.Variable(1.0, trainable=False, name="live")
     variable.constraint = keras.constraints.MaxNorm(3.0)
@@ -164,36 +166,37 @@ def attached():
     return attach(network, loss, track=[losses.described.options(name="tracked")(what=[1.0])])
 
 
-def members(model, path):
-    """The members of the file of a model."""
-    model.save(path / "model.keras")
-    with zipfile.ZipFile(path / "model.keras") as file:
-        return {name: file.read(name) for name in file.namelist()}
-
-
-def load(members, path, **config):
-    config = {**json.loads(members["config.json"]), **config}
-    with zipfile.ZipFile(path / "hostile.keras", "w") as file:
-        for name, content in {**members, "config.json": json.dumps(config)}.items():
-            file.writestr(name, content)
+def load(saved, path, name, content):
+    """Load a file of which one member is another one."""
+    with zipfile.ZipFile(saved) as old, zipfile.ZipFile(path / "hostile.keras", "w") as new:
+        for member in old.namelist():
+            new.writestr(member, content if member == name else old.read(member))
     return keras.saving.load_model(path / "hostile.keras")
 
 
-def layer_in(config, name="LossArgs"):
-    return next(one for one in config["layers"] if one["class_name"] == name)
-
-
 @pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    return members(attached(), tmp_path_factory.mktemp("good"))
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("good") / "model.keras"
+    everything().save(path)
+    return path
+
+
+@pytest.fixture
+def config(saved):
+    with zipfile.ZipFile(saved) as file:
+        return json.loads(file.read("config.json"))
+
+
+@pytest.fixture
+def layer(config):
+    """The part of the config that describes the layer."""
+    return next(one for one in config["config"]["layers"] if one["class_name"] == "LossArgs")
 
 
 def changed(config, place, value):
     config = copy.deepcopy(config)
     *above, last = [int(key) if key.isdigit() else key for key in place.split(".")]
-    part = config
-    for key in above:
-        part = part[key]
+    part = functools.reduce(operator.getitem, above, config)
     if value is not MISSING:
         part[last] = value
     else:
@@ -235,7 +238,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def watched(folder):
     with watching(folder):
-        yield
+        yield folder
 
 
 ACTS = {
@@ -260,16 +263,14 @@ def refused(match="cannot be read|does not know|not match"):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_layer(good, case, watched):
-    layer = layer_in(json.loads(good["config.json"])["config"])
+def test_layer(layer, case, watched):
     hostile = {**layer, "config": changed(layer["config"], *CASES[case])}
     with refused():
         keras.saving.deserialize_keras_object(hostile)
 
 
-def test_anything_anywhere(good, watched):
+def test_anything_anywhere(layer, watched):
     """Keras and lossargs take any object for some entries. None is imported or run."""
-    layer = layer_in(json.loads(good["config.json"])["config"])
     found = itertools.cycle([*OBJECTS.values(), *JUNK])
     for place in places(layer["config"]):
         hostile = {**layer, "config": changed(layer["config"], place, next(found))}
@@ -277,19 +278,15 @@ def test_anything_anywhere(good, watched):
             keras.saving.deserialize_keras_object(hostile)
 
 
-@pytest.mark.parametrize("case", list(CASES)[::4])  # whole files take longer
-def test_file(good, case, watched, tmp_path):
-    config = json.loads(good["config.json"])["config"]
-    layer = layer_in(config)
+@pytest.mark.parametrize("case", list(CASES)[::12])  # whole files take longer
+def test_file(saved, config, layer, case, watched):
     layer["config"] = changed(layer["config"], *CASES[case])
     with refused():
-        load(good, tmp_path, config=config)
+        load(saved, watched, "config.json", json.dumps(config))
 
 
-def test_good_file_loads_afterwards(good, tmp_path):
-    (layer,) = (one for one in load(good, tmp_path).layers if isinstance(one, LossArgs))
-    (expected,) = (one for one in attached().layers if isinstance(one, LossArgs))
-    assert repr(layer.loss) == repr(expected.loss)
+def test_good_file_loads_afterwards(saved):
+    assert repr(layer_of(keras.saving.load_model(saved)).loss) == repr(layer_of(everything()).loss)
 
 
 def compiled(**config):
@@ -304,83 +301,34 @@ READ = {
 }
 
 
-@pytest.fixture(scope="module")
-def good_loss(good):
-    loss = layer_in(json.loads(good["config.json"])["config"])["config"]["loss"]
-    for read in READ.values():
-        read(copy.deepcopy(loss))
-    return loss
-
-
-@pytest.mark.parametrize("case", [n for n, (place, _) in CASES.items() if ARGS in place][::8])
-def test_loss_alone(good_loss, case, watched):
-    for read in READ.values():
-        hostile = changed({"loss": good_loss}, *CASES[case])["loss"]
+@pytest.mark.parametrize("read", READ.values(), ids=READ)
+def test_loss_alone(layer, read, watched):
+    good = {"loss": layer["config"]["loss"]}
+    read(copy.deepcopy(good["loss"]))
+    for case in [one for one in CASES.values() if ARGS in one[0]][::8]:
         with refused():
-            read(hostile)
+            read(changed(good, *case)["loss"])
 
 
-def test_losses_deep_in_one_another(good_loss, watched):
-    config = good_loss
+def test_losses_deep_in_one_another(layer, watched):
+    config = good = layer["config"]["loss"]
     for _ in range(800):
         args = {"main": {"kind": "keras", "object": config}}
-        config = {**good_loss, "config": {**good_loss["config"], "args": args}}
+        config = {**good, "config": {**good["config"], "args": args}}
     with refused():
         keras.losses.deserialize(config)
 
 
-# Parts of the config of a model of several outputs.
+# Parts of the config of a model of several outputs, and of a layer of derivatives.
 ENDS = [["nobody", 0, 0], ["a", 7, 0], ["a", "x", 0], ["a", 0, 9]]
+NODES = [MISSING, "abc", [], {}, nested(800), *([end] for end in ENDS)]
 MODEL = {
     "layers": [MISSING, "abc", {"a": 1}, []],
     "name": [MISSING, {"a": 1}],
     "layers.0": [*OBJECTS.values()],
-    "output_layers": [MISSING, "abc", [], {}, nested(800), *([one] for one in ENDS)],
-    "input_layers": [MISSING, "abc", [], {}, nested(800), *([one] for one in ENDS)],
+    "output_layers": NODES,
+    "input_layers": NODES,
 }
-
-
-def test_model_of_several_outputs(watched):
-    x = {name: keras.Input((3,), name=name) for name in ("p", "q")}
-    outputs = [keras.layers.Dense(2, name=n)(x[i]) for n, i in (("a", "p"), ("b", "q"))]
-    live = losses.shifted(keras.Variable(1.0, name="live"))
-    model = attach(keras.Model(x, outputs), [live, losses.shifted(2)])
-    good = json.loads(json.dumps(keras.saving.serialize_keras_object(model)))
-    assert good["class_name"] == "AttachedModel"
-    loaded = keras.saving.deserialize_keras_object(copy.deepcopy(good))
-    loaded.set_weights(model.get_weights())
-    given = {"p": np.ones((2, 3)), "q": np.zeros((2, 3))}
-    for one, two in zip(loaded(given), model(given), strict=True):
-        np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (one, two)))
-
-    for place, one in ((place, one) for place, several in MODEL.items() for one in several):
-        with refused():
-            hostile = {**good, "config": changed(good["config"], place, one)}
-            keras.saving.deserialize_keras_object(hostile)
-
-
-# Keras looks for the weights of a layer that failed in a second place, and warns.
-@pytest.mark.filterwarnings("ignore:Skipping nested container:UserWarning")
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (None, "expected 1 variables, but received 0"),
-        (np.zeros((3, 4)), "target variable and .* must match"),
-        (np.array([b"os.system"]), "could not convert string|Invalid dtype: bytes"),
-    ],
-)
-def test_weights(good, data, reason, tmp_path):
-    content = io.BytesIO(good["model.weights.h5"])
-    with h5py.File(content, "r+") as file:
-        place = "layers/loss_args/adapters/variable_adapter/vars/0"
-        del file[place]
-        if data is not None:
-            file.create_dataset(place, data=data)
-    with pytest.raises(ValueError, match=f"(?s)({reason}).*VariableAdapter"):
-        load({**good, "model.weights.h5": content.getvalue()}, tmp_path)
-
-
-# Parts of the config of a layer of derivatives.
 PROGRAM = {
     "shared": [False],
     "calls": [MISSING, "abc", [0]],
@@ -393,24 +341,60 @@ PROGRAM = {
 }
 
 
+def assert_refused(model, changes, *words):
+    """As `load_model` reads the config of a model."""
+    with ObjectSharingScope():
+        good = json.loads(json.dumps(keras.saving.serialize_keras_object(model)))
+    with ObjectSharingScope():
+        loaded = keras.saving.deserialize_keras_object(copy.deepcopy(good))
+    assert (type(loaded), loaded.output_names) == (type(model), model.output_names)
+    for place, one in ((place, one) for place, several in changes.items() for one in several):
+        hostile = {**good, "config": changed(good["config"], place, one)}
+        with ObjectSharingScope(), refused(*words):
+            keras.saving.deserialize_keras_object(hostile)
+
+
+def test_model_of_several_outputs(watched):
+    x = keras.Input((3,))
+    model = keras.Model(x, [keras.layers.Dense(2, name=name)(x) for name in "ab"])
+    live = losses.shifted(keras.Variable(1.0, name="live"))
+    assert_refused(attach(model, [live, losses.shifted(2)]), MODEL)
+
+
 @pytest.mark.skipif(keras.backend.backend() == "numpy", reason="has no derivatives")
 @pytest.mark.skipif(KERAS < (3, 15), reason="older Keras imports what a config names")
-def test_derivatives(watched, tmp_path):
+def test_derivatives(watched):
     x = keras.Input((1,))
     y = keras.layers.Dense(1)(x)
-    good = members(keras.Model(x, [y, grad(y, x)]), tmp_path)
-    for place, one in ((place, one) for place, several in PROGRAM.items() for one in several):
-        config = json.loads(good["config.json"])["config"]
-        layer = layer_in(config, "Derivatives")
-        layer["config"] = changed(layer["config"], place, one)
-        with refused("cannot be read|Cannot clone a model"):
-            load(good, tmp_path, config=config)
+    changes = {f"layers.2.config.{place}": several for place, several in PROGRAM.items()}
+    assert_refused(keras.Model(x, [y, grad(y, x)]), changes, "cannot be read|Cannot clone a model")
 
 
-def test_object_under_the_id_of_another(good, watched, tmp_path):
-    config = json.loads(good["config.json"])["config"]
-    layer = layer_in(config)["config"]
-    for one in (layer["loss"]["config"]["args"]["live"]["object"], layer["track"][0]):
+# Keras looks for the weights of a layer that failed in a second place, and warns.
+@pytest.mark.filterwarnings("ignore:Skipping nested container:UserWarning")
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (None, "expected 1 variables, but received 0"),
+        (np.zeros((3, 4)), "target variable and .* must match"),
+        (np.array([b"os.system"]), "could not convert string|Invalid dtype: bytes"),
+    ],
+)
+def test_weights(saved, data, reason, tmp_path):
+    with zipfile.ZipFile(saved) as file:
+        content = io.BytesIO(file.read("model.weights.h5"))
+    with h5py.File(content, "r+") as file:
+        place = "layers/loss_args/adapters/variable_adapter/vars/0"
+        del file[place]
+        if data is not None:
+            file.create_dataset(place, data=data)
+    with pytest.raises(ValueError, match=f"(?s)({reason}).*VariableAdapter"):
+        load(saved, tmp_path, "model.weights.h5", content.getvalue())
+
+
+def test_object_under_the_id_of_another(saved, config, layer, watched):
+    parts = layer["config"]
+    for one in (parts["loss"]["config"]["args"]["live"]["object"], parts["track"][0]):
         one["shared_object_id"] = 123456
     with refused("VariableAdapter is no BoundLoss"):
-        load(good, tmp_path, config=config)
+        load(saved, watched, "config.json", json.dumps(config))

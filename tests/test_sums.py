@@ -1,40 +1,46 @@
 """Sums of losses: operators, values, logs, files."""
 
+import contextlib
 import copy
+import functools
 import gc
 import json
 import operator
 import pickle
+import sys
 import weakref
 
 import keras
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers, ops
+from keras.src.losses.losses import LossFunctionWrapper
 from keras.src.saving.serialization_lib import ObjectSharingScope
 
 import kinds
 import losses
 import sums
-import vaes
 from helpers import (
     BACKEND,
     KERAS,
     TESTS,
+    attached,
     each_writer,
+    fixed,
     linear_model,
+    logs_of,
     predictions,
     run_python,
     to_float,
+    value_and_gradient,
 )
 from lossargs import (
     ArgumentError,
     AttachError,
     BatchError,
     LossArgs,
-    LossArgsError,
     SavingError,
     attach,
     live_args,
@@ -44,19 +50,10 @@ from sums import mae, masked, mse, total
 
 each = pytest.mark.parametrize
 fit = pytest.mark.fit
-ONES, TWOS = np.zeros((4, 2), "float32"), np.ones((4, 2), "float32")  # mse 1, mae 1
-TWO = keras.Variable(2.0, trainable=False, name="two")
+ZEROS, ONES = np.zeros((4, 2), "float32"), np.ones((4, 2), "float32")  # mse 1, mae 1
+TWO, INTEGER = fixed(2.0, "two"), fixed(3, "n", dtype="int32")
 HALF = keras.optimizers.schedules.PolynomialDecay(0.5, 10, 1.0)
-
-
-def compiled(loss, network=None, **options):
-    model = attach(network or linear_model(), loss)
-    model.compile(keras.optimizers.SGD(0.1), loss=loss, **options)
-    return model
-
-
-def evaluated(model, data, **options):
-    return model.evaluate(data.x, data.y, verbose=0, return_dict=True, **options)
+COUNTDOWN = kinds.Countdown(3.0)
 
 
 # ---- Operators ----
@@ -65,17 +62,13 @@ def evaluated(model, data, **options):
 @each(
     ("make", "text", "value"),
     [
-        (lambda: mse() + mae(), "mse() + mae()", 2),
         (lambda: mse() - mae(scale=3), "mse() - mae(scale=3)", -2),
         (lambda: -mse(), "-mse()", -1),
         (lambda: -(mse() - 2 * mae()), "-mse() + 2 * mae()", 1),
-        (lambda: mse() * 2, "2 * mse()", 2),
         (lambda: mse() / 4, "0.25 * mse()", 0.25),
         (lambda: 0 * mse() + mae(), "0 * mse() + mae()", 1),
-        (lambda: mse() + 10, "mse() + 10", 11),
         (lambda: 10 - mse(), "-mse() + 10", 9),
         (lambda: 2 * (mse() + 10 - 3), "2 * mse() + 20 - 6", 16),
-        (lambda: sum([mse(), mae(), mae()]), "mse() + mae() + mae()", 3),
         (lambda: sum([mse() + mae(), 5, mse() - 2]), "mse() + mae() + mse() + 5 - 2", 6),
         (lambda: np.float32(0.5) * mse(), "0.5 * mse()", 0.5),
         (lambda: np.float64(2) - mse() * np.int64(3), "-3 * mse() + 2.0", -1),
@@ -84,20 +77,32 @@ def evaluated(model, data, **options):
         (lambda: mse() * 10**12, "1000000000000 * mse()", 1e12),
         (lambda: mae() + keras.losses.Huber(2.0), "mae() + Huber(delta=2.0)", 1.5),
         (lambda: keras.losses.Huber(name="h") - mae(), "Huber(name='h') - mae()", -0.5),
-        (
-            lambda: mse.options(name="a")() + mae.options(reduction="sum")(),
-            "mse.options(name='a')() + mae.options(reduction='sum')()",
-            5,
-        ),
+        (lambda: mse.options(name="a")() + mae.options(reduction="sum")(),
+         "mse.options(name='a')() + mae.options(reduction='sum')()", 5),
+        (lambda: HALF * mse(), "mse() * <PolynomialDecay>", 0.5),
+        (lambda: mse() / TWO, "mse() / <variable 'two'>", 0.5),
+        (lambda: 3 * (mse() - mae() / 2) * HALF / TWO + 10,
+         ("3 * mse() * <PolynomialDecay> / <variable 'two'> "
+         "- 1.5 * mae() * <PolynomialDecay> / <variable 'two'> + 10"), 10.375),
+        (lambda: (mse() + 10) * TWO, "mse() * <variable 'two'> + 10 * <variable 'two'>", 22),
+        (lambda: mse() * COUNTDOWN + mae(), "mse() * <Countdown> + mae()", 4),
+        (lambda: mse() * INTEGER / TWO, "mse() * <variable 'n'> / <variable 'two'>", 1.5),
     ],
-)
+)  # fmt: skip
 def test_operators(make, text, value):
+    """Equal sums are one object, shown as their code. Live weights need an attached model."""
     loss = make()
     assert repr(loss) == text
-    assert to_float(loss(ONES, TWOS)) == pytest.approx(value, rel=1e-6)
     assert make() is loss
     assert hash(make()) == hash(loss)
-    assert copy.deepcopy(loss) is loss
+    if loss.live_names:
+        with pytest.raises(AttachError, match=r"live arguments .* attach\(model, loss\)"):
+            loss(ZEROS, ONES)
+    else:
+        assert copy.deepcopy(loss) is loss
+        assert to_float(loss(ZEROS, ONES)) == pytest.approx(value, rel=1e-6)
+    layer = LossArgs(loss)
+    assert to_float(loss(ZEROS, layer(ops.convert_to_tensor(ONES)))) == pytest.approx(value)
 
 
 def test_what_is_no_sum_is_the_loss_itself():
@@ -106,36 +111,12 @@ def test_what_is_no_sum_is_the_loss_itself():
         assert same is loss
 
 
-@each(
-    ("make", "text", "value"),
-    [
-        (lambda: mse() * TWO, "mse() * <variable 'two'>", 2),
-        (lambda: HALF * mse(), "mse() * <PolynomialDecay>", 0.5),
-        (lambda: mse() / TWO, "mse() / <variable 'two'>", 0.5),
-        (lambda: 3 * (mse() - mae() / 2) * HALF / TWO + 10,
-         ("3 * mse() * <PolynomialDecay> / <variable 'two'> "
-         "- 1.5 * mae() * <PolynomialDecay> / <variable 'two'> + 10"), 10.375),
-        (lambda: (mse() + 10) * TWO, "mse() * <variable 'two'> + 10 * <variable 'two'>", 22),
-        (lambda: mse() * kinds.Countdown(3.0) + mae(), "mse() * <Countdown> + mae()", 4),
-        (lambda: mse() * keras.Variable(3, dtype="int32", trainable=False, name="n") / TWO,
-         "mse() * <variable 'n'> / <variable 'two'>", 1.5),
-    ],
-)  # fmt: skip
-def test_live_weights(make, text, value):
-    loss = make()
-    assert repr(loss) == text
-    layer = LossArgs(loss)
-    assert to_float(loss(ONES, layer(ops.convert_to_tensor(TWOS)))) == pytest.approx(value)
-    with pytest.raises(AttachError, match=r"live arguments .* attach\(model, loss\)"):
-        loss(ONES, TWOS)
-
-
 def traced():
     """A tensor of a step that is being traced, or what stands for one."""
     if BACKEND == "jax":
         import jax
 
-        return jax.jit(lambda weight: (mse() * weight)(ONES, TWOS))(1.0)
+        return jax.jit(lambda weight: (mse() * weight)(ZEROS, ONES))(1.0)
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
@@ -162,6 +143,8 @@ def traced():
         (lambda: mse() + "mae", "Cannot add 'mae' to a loss. Terms are losses and numbers"),
         (lambda: [mse()] + mae(), "Cannot add .* to a loss"),  # noqa: RUF005
         (lambda: mse() + None, "Cannot add None"),
+        (lambda: True - mse(), "Cannot add True"),
+        (lambda: mse() - 1j, "Cannot add 1j|Cannot subtract 1j|1j"),
         (lambda: mse() * keras.layers.Dense(1), r"Cannot compute loss \* <Dense"),
         (lambda: mse() / keras.random.SeedGenerator(1), "Cannot compute loss / <SeedGenerator"),
         (lambda: mse() + TWO, "Cannot add <variable 'two'>.*def f"),
@@ -172,20 +155,25 @@ def traced():
         (lambda: TWO + mse(), "is a loss, not a number"),
         (lambda: mse() + type("Own", (keras.losses.Loss,), {"__call__": len})(), "defines `__call"),
         (lambda: (mse() + mae()).replace(power=3), "No term of mse.. . mae.. takes 'power'"),
-        (lambda: (mse() + mae())(ONES, TWOS, scale=1, shift=3),
+        (lambda: (mse() + mae())(ZEROS, ONES, scale=1, shift=3),
          r"mse\(\) \+ mae\(\) has no argument 'shift'\. It takes 'scale'"),
+        (lambda: (mse() + 2 * masked())(ZEROS, ONES), "masked needs a value for 'mask'"),
         pytest.param(traced, "current value would be baked|step that is being traced",
                      marks=pytest.mark.skipif(BACKEND == "numpy", reason="traces nothing")),
     ],
 )  # fmt: skip
-def test_errors_of_operators(make, message):
+def test_wrong_operators_and_calls(make, message):
     with pytest.raises(ArgumentError, match=message):
         make()
 
 
-def test_a_sum_cannot_be_changed():
+def test_errors_of_other_classes():
     with pytest.raises(AttributeError, match=r"Cannot change 'name' of .* Write the loss again\."):
         (mse() + mae()).name = "other"
+    with pytest.raises(BatchError, match="'msk', which mse.* does not take. It takes 'mask'. Did"):
+        (mse() + masked() * 2)(ZEROS, ONES, {"msk": ONES})
+    with pytest.raises(BatchError, match="total returned one number for the whole batch, and was"):
+        (mse() + total())(ZEROS, ONES, np.ones(4))
 
 
 def test_replace_and_call_arguments_reach_the_terms_that_take_them():
@@ -193,16 +181,20 @@ def test_replace_and_call_arguments_reach_the_terms_that_take_them():
     text = "2 * mae(scale=5) + mse() * <variable 'two'> - flexible(a=1, scale=5)"
     assert repr(loss.replace(scale=5)) == text
     loss = mae() + 10 * masked() + mse()
-    assert to_float(loss(ONES, TWOS, scale=5, mask=np.ones(2))) == 16
-    assert to_float(loss(ONES, TWOS, {"scale": np.full(4, 3.0), "mask": np.zeros((4, 2))})) == 4
+    assert to_float(loss(ZEROS, ONES, scale=5, mask=np.ones(2))) == 16
+    assert to_float(loss(ZEROS, ONES, {"scale": np.full(4, 3.0), "mask": np.zeros((4, 2))})) == 4
 
 
 # ---- Values ----
 
-BY_HAND = {"mse": {}, "mae": {}, "scaled": {"scale": 3.0}, "masked": {}, "total": {}}
-FACTORIES = {"mse": mse, "mae": mae, "scaled": mae, "masked": masked, "total": total}
-TRAINED = keras.Variable(-1.5, name="trained")
-LIVE = {"two": (TWO, 2.0), "half": (HALF, 0.5), "trained": (TRAINED, -1.5)}
+TERMS = {
+    "mse": (mse, {}),
+    "mae": (mae, {}),
+    "scaled": (mae, {"scale": 3.0}),
+    "masked": (masked, {}),
+    "total": (total, {}),
+}
+LIVE = {"two": (TWO, 2.0), "half": (HALF, 0.5), "trained": (keras.Variable(-1.5), -1.5)}
 
 
 def node(kind, *values):
@@ -210,82 +202,39 @@ def node(kind, *values):
 
 
 reductions = st.sampled_from(["sum_over_batch_size", "sum", "mean_with_sample_weight"])
-term = node("term", st.sampled_from(list(BY_HAND)), reductions)
+term = node("term", st.sampled_from(list(TERMS)), reductions)
 plain = node("plain", st.sampled_from([0.5, 1.0, 2.0]), reductions)
 values = st.integers(-5, 5) | st.floats(-3, 3).map(lambda value: round(value, 2))
 number = node("number", values | values.map(np.float32) | values.map(np.array))
 divisor = number.map(lambda one: one if abs(one[1]) > 0.1 else ("number", 0.25))
 live = node("live", st.sampled_from(list(LIVE)))
-wrong = st.sampled_from(["text", [1.0], None, True, 1j, np.ones(2, "float32")])
-wrong_weight = node("wrong", wrong | st.builds(mse))
 trees = st.recursive(
-    term | st.tuples(st.just("+"), term, plain) | st.tuples(st.just("-"), plain, term),
+    term | node("+", term, plain) | node("-", plain, term),
     lambda tree: (
         st.tuples(st.sampled_from("+-"), tree, tree | number | plain)
         | st.tuples(st.sampled_from("+-"), number | plain, tree)
-        | st.tuples(st.just("*"), tree, number | live)
-        | st.tuples(st.just("*"), number | node("live", st.just("half")), tree)
-        | st.tuples(st.just("/"), tree, divisor | live)
-        | st.tuples(st.just("-"), tree)
+        | node("*", tree, number | live)
+        | node("*", number | node("live", st.just("half")), tree)
+        | node("/", tree, divisor | live)
+        | node("negated", tree)
         | st.lists(tree, min_size=1, max_size=3).map(lambda some: ("sum", *some))
     ),
     max_leaves=6,
 )
-faulty = st.tuples(st.sampled_from("*/"), trees, wrong_weight) | st.tuples(
-    st.sampled_from("+-"), trees, node("wrong", wrong)
-)
-OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-LARGEST = {**OPERATORS, "-": operator.add}  # of absolute values, a bound of the rounding errors
+OPERATORS = {
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
+    "negated": operator.neg, "sum": lambda *parts: sum(parts),
+}  # fmt: skip
+# Of absolute values, a bound of the rounding errors.
+LARGEST = {**OPERATORS, "-": operator.add, "negated": operator.pos}
 
 
 def computed(tree, leaf, operators=OPERATORS):
     """The value of an expression; `leaf` returns what a part of it represents."""
     kind, *parts = tree
-    if kind not in (*OPERATORS, "sum"):
+    if kind not in operators:
         return leaf(kind, *parts)
-    parts = [computed(part, leaf, operators) for part in parts]
-    if kind == "sum":
-        return sum(parts)
-    return operators[kind](*parts) if len(parts) == 2 else operators[kind](0, *parts)
-
-
-def names_in(tree):
-    kind, *parts = tree
-    if kind in (*OPERATORS, "sum"):
-        return {name for part in parts for name in names_in(part)}
-    return {parts[0]} if kind == "term" else {kind}
-
-
-def value_and_gradient(function, x):
-    if BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        x = tf.constant(x)
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            value = function(x)
-        return value.numpy(), tape.gradient(value, x).numpy()
-    if BACKEND == "jax":
-        import jax
-
-        return [np.asarray(one) for one in jax.value_and_grad(function)(x)]
-    import torch
-
-    x = torch.tensor(x, requires_grad=True)
-    value = function(x)
-    value.backward()
-    return value.detach().numpy(), x.grad.numpy()
-
-
-class ByHand(keras.losses.Loss):
-    """A term as a plain Keras loss."""
-
-    def __init__(self, function, args, **options):
-        super().__init__(**options)
-        self.function, self.args = function, args
-
-    def call(self, y_true, y_pred):
-        return self.function(y_true, y_pred, **self.args)
+    return operators[kind](*(computed(part, leaf, operators) for part in parts))
 
 
 RNG = np.random.default_rng(0)
@@ -296,28 +245,28 @@ WEIGHTS = [None, None, np.array([[0.5], [0], [2], [1]], "float32"), RNG.random((
 
 @fit
 @pytest.mark.properties
-@given(
-    trees | trees | trees | faulty, st.sampled_from(WEIGHTS), st.booleans(), st.booleans(),
-    st.sampled_from([True, True, True, False]),
-)  # fmt: skip
-def test_generated_sum_equals_the_sum_by_hand(tree, weight, is_masked, is_vector, is_right):
+@settings(max_examples=settings().max_examples // 2)  # the slowest test of this file
+@given(trees, st.sampled_from(WEIGHTS), st.booleans(), st.booleans())
+def test_generated_sum_equals_the_sum_by_hand(tree, weight, is_masked, is_vector):
     """With sample weights, masks of the model, and the batch entry of a term."""
 
     def bound(kind, what, reduction=None):
+        reduction = None if is_vector else reduction
         if kind == "term":
-            options = {"name": f"{what}_{reduction}", "reduction": None if is_vector else reduction}
-            return FACTORIES[what].options(**options)(**BY_HAND[what])
+            factory, args = TERMS[what]
+            return factory.options(name=f"{what}_{reduction}", reduction=reduction)(**args)
         if kind == "plain":
-            name = f"huber_{what}_{reduction}"
-            return keras.losses.Huber(what, None if is_vector else reduction, name)
+            return keras.losses.Huber(what, reduction, f"huber_{what}_{reduction}")
         return LIVE[what][0] if kind == "live" else what
 
     def by_hand(kind, what, reduction=None):
         if kind in ("number", "live"):
             return LIVE[what][1] if kind == "live" else float(what)
-        args = {"mask": MASK} if what == "masked" else BY_HAND.get(what, {"delta": what})
-        function = keras.losses.huber if kind == "plain" else FACTORIES[what].__wrapped__
-        return ByHand(function, args, reduction=None if is_vector else reduction)(Y, y_pred, weight)
+        factory, args = TERMS.get(what, (None, {"delta": what}))
+        args = {"mask": MASK} if what == "masked" else args
+        function = keras.losses.huber if kind == "plain" else factory.__wrapped__
+        loss = LossFunctionWrapper(function, None if is_vector else reduction, **args)
+        return loss(Y, y_pred, weight)
 
     def ours(x):
         loss = computed(tree, bound)
@@ -334,45 +283,40 @@ def test_generated_sum_equals_the_sum_by_hand(tree, weight, is_masked, is_vector
     network = layers.Masking() if is_masked else layers.Identity()
     if weight is not None and is_masked:  # PyTorch's shape for Keras
         weight = np.array(np.broadcast_to(weight, (4, 3)))
-    names = names_in(tree)
+    if "total" in str(tree):  # one number for the batch
+        weight = None
     batch = {} if weight is None else {"sample_weight": weight}
-    batch |= {"mask": MASK} if ("masked" in names) == is_right else {}
-    is_faulty = "wrong" in names or not is_right or ("total" in names and weight is not None)
-    if is_faulty:
-        with pytest.raises(LossArgsError):
-            ours(ops.convert_to_tensor(X))
-        return
+    batch |= {"mask": MASK} if "masked" in str(tree) else {}
     y_pred = None
-    expected, slope = value_and_gradient(theirs, X)
+    expected, expected_slope = value_and_gradient(theirs, X)
     y_pred = network(X)
     largest = computed(tree, lambda *leaf: to_float(ops.sum(ops.abs(by_hand(*leaf)))), LARGEST)
     largest = max(1, largest, float(abs(expected)))  # a constant counts once for each sample
-    value, ours_slope = value_and_gradient(ours, X)
+    value, slope = value_and_gradient(ours, X)
     assert value == pytest.approx(expected, abs=1e-6 * largest)
-    np.testing.assert_allclose(ours_slope, slope, rtol=0, atol=1e-6 * largest)
+    np.testing.assert_allclose(slope, expected_slope, rtol=0, atol=1e-6 * largest)
 
 
-def test_terms_have_options_of_their_own(data):
+def test_not_attached_only_the_total_is_logged(data):
+    """Terms have their own reductions, batch entries and sample weights."""
     loss = (
         mse.options(reduction="sum")()
         + 3 * masked.options(reduction="mean_with_sample_weight")()
         - keras.losses.MeanAbsoluteError()
     )
+    model = linear_model()
+    model.compile(loss=loss, metrics=[loss.replace(mask=1.0)])
     batch = {"mask": data.mask, "sample_weight": data.weight}
+    logs = logs_of(model, data.x, data.y, sample_weight=batch)
     error = data.y - predictions(data.x)
-    squared, w = error**2, data.weight
-    expected = (w * squared.mean(1)).sum() + 3 * (w * (data.mask * squared).mean(1)).sum() / w.sum()
-    expected -= (w * np.abs(error).mean(1)).mean()
-    value = loss(data.y, predictions(data.x), batch)
-    assert to_float(value) == pytest.approx(expected, rel=1e-6)
 
+    def expected(mask, w):
+        masked_error = (w * (mask * error**2).mean(1)).sum() / w.sum()
+        absolute_error = (w * np.abs(error).mean(1)).mean()
+        return (w * (error**2).mean(1)).sum() + 3 * masked_error - absolute_error
 
-def test_batch_entry_that_no_term_takes():
-    entry = {"msk": np.ones((4, 2))}
-    with pytest.raises(BatchError, match="'msk', which mse.* does not take. It takes 'mask'. Did"):
-        (mse() + masked() * 2)(ONES, TWOS, entry)
-    with pytest.raises(ArgumentError, match="masked needs a value for 'mask'"):
-        (mse() + masked() * 2)(ONES, TWOS)
+    values = {"loss": expected(data.mask, data.weight), "sum": expected(1.0, np.ones(12))}
+    assert logs == pytest.approx(values, rel=1e-6)
 
 
 def test_terms_that_would_broadcast_are_refused():
@@ -385,18 +329,17 @@ def test_terms_that_would_broadcast_are_refused():
 
 
 def test_inner_sum_gives_a_number_for_each_sample(data):
-    loss = losses.composed(main=mse() + 2 * mae() + 1, weight=3.0)
-    model = compiled(loss)
+    model = attached(losses.composed(main=mse() + 2 * mae() + 1, weight=3.0))
     error = data.y - predictions(data.x)
     each_sample = 3 * ((error**2).mean(1) + 2 * np.abs(error).mean(1) + 1)
-    logs = evaluated(model, data, sample_weight=data.weight)
+    logs = logs_of(model, data.x, data.y, sample_weight=data.weight)
     assert logs["loss"] == pytest.approx((data.weight * each_sample).mean(), rel=1e-6)
-    np.testing.assert_allclose((mse() + 1).call(ONES, TWOS), [2, 2, 2, 2])
+    np.testing.assert_allclose((mse() + 1).call(ZEROS, ONES), [2, 2, 2, 2])
 
 
 def test_small_floats_of_a_term_do_not_limit_the_sum():
     half = mse.options(dtype="float16")()
-    assert to_float((half * 1e6 + 1e-3)(ONES, TWOS)) == pytest.approx(1e6 + 1e-3)
+    assert to_float((half * 1e6 + 1e-3)(ZEROS, ONES)) == pytest.approx(1e6 + 1e-3)
     assert (half + mse.options(dtype="float64")()).dtype == "float64"
 
 
@@ -404,26 +347,21 @@ def test_small_floats_of_a_term_do_not_limit_the_sum():
 
 
 def test_keras_losses_with_other_arguments_are_different():
-    y = 5 * TWOS
-    for delta in (0.5, 1.0, 2.0):  # Keras leaves `delta` out of the config
-        loss = mse() + keras.losses.Huber(delta)
-        assert to_float(loss(ONES, y)) == pytest.approx(25 + delta * (5 - delta / 2))
+    for delta in (0.5, 1.0):  # Keras leaves `delta` out of the config
+        huber = keras.losses.Huber(delta)
+        loss = mse() + huber
+        assert to_float(loss(ZEROS, 5 * ONES)) == pytest.approx(25 + delta * (5 - delta / 2))
         assert pickle.loads(pickle.dumps(loss)) is loss
         assert loss is mse() + keras.losses.Huber(delta)
         assert loss != mse() + keras.losses.Huber(3.0)
         assert loss != mse() + keras.losses.Huber(delta, name="other")
+        with ObjectSharingScope():
+            keras.saving.serialize_keras_object(huber)  # now its config says that it is shared
+            assert mse() + huber is loss
     for shift in (1, 2):
         loss = mse() + sums.Shifted(shift)
-        assert to_float(loss(ONES, TWOS)) == 2 + shift
+        assert to_float(loss(ZEROS, ONES)) == 2 + shift
         assert keras.losses.deserialize(keras.losses.serialize(loss)) == loss
-
-
-def test_keras_losses_are_equal_also_while_a_model_is_saved():
-    huber = keras.losses.Huber(2.0)
-    loss = mse() + huber
-    with ObjectSharingScope():
-        keras.saving.serialize_keras_object(huber)  # from now on, its config says that it is shared
-        assert mse() + huber is loss
 
 
 def test_keras_loss_that_would_load_as_another_one():
@@ -431,7 +369,7 @@ def test_keras_loss_that_would_load_as_another_one():
         """Not registered."""
 
     loss = mse() + Unknown(1)
-    assert to_float(loss(ONES, TWOS)) == 3
+    assert to_float(loss(ZEROS, ONES)) == 3
     with pytest.raises(SavingError, match=r"Unknown\(shift=1\), which does not load as it was"):
         keras.losses.serialize(loss)
     other = sums.Shifted()
@@ -442,28 +380,29 @@ def test_keras_loss_that_would_load_as_another_one():
 
 # ---- In a model ----
 
-HOW = {
-    "eager": {"run_eagerly": True, "jit_compile": False}, "graph": {"jit_compile": False},
-    "compiled": {"jit_compile": True}, "several steps": {"steps_per_execution": 2},
-}  # fmt: skip
+HOW = [
+    ("eager", {"run_eagerly": True, "jit_compile": False}),
+    ("mixed precision", {"jit_compile": False}),
+    ("compiled", {"jit_compile": True}),
+    ("several steps", {"steps_per_execution": 2}),
+]
 if BACKEND == "torch":
-    del HOW["several steps"]
+    del HOW[3 if KERAS >= (3, 12) else 2 :]  # torch.compile fails on any loss of older Keras
 
 
 @fit
 @pytest.mark.filterwarnings("ignore")  # torch's own, of torch.compile
-@each(("how", "policy"), [*((how, "float32") for how in HOW), ("graph", "mixed_float16")], ids=str)
-def test_logs_of_terms_and_weights(data, how, policy):
-    if how == "compiled" and BACKEND == "torch" and KERAS < (3, 12):
-        pytest.skip("torch.compile fails on any loss of this Keras")
-    keras.config.set_dtype_policy(policy)
+@each(("how", "options"), HOW)
+def test_logs_of_terms_and_weights(data, monkeypatch, how, options):
+    if BACKEND == "torch":  # traced and differentiated as by Inductor, without writing C++
+        torch = sys.modules["torch"]
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    keras.config.set_dtype_policy("mixed_float16" if how == "mixed precision" else "float32")
     try:
         network = linear_model()
     finally:
         keras.config.set_dtype_policy("float32")
-    beta = keras.Variable(2.0, trainable=False, name="beta")
-    loss = mse() + mae() * beta - HALF * total()
-    model = compiled(loss, network, **HOW[how])
+    model = attached(mse() + mae() * fixed(2.0, "beta") - HALF * total(), network, 0.1, **options)
     assert list(live_args(model)) == ["mae_weight"]
     live_args(model)["mae_weight"].assign(3.0)
     options = {"batch_size": 6, "epochs": 2, "shuffle": False, "verbose": 0}
@@ -473,39 +412,33 @@ def test_logs_of_terms_and_weights(data, how, policy):
     assert history["mae_weight"] == [3, 3]
     assert history["total_weight"] == pytest.approx([0.55, 0.65])  # of the last step
     assert history["val_total_weight"] == pytest.approx([0.6, 0.7])
-    error = data.y - model.predict(data.x, verbose=0)
+    kernel, bias = network.get_weights()[:2]
+    error = data.y - data.x @ kernel - bias
     expected = {"mse": (error**2).mean(), "mae": np.abs(error).mean(), "total": (error**2).mean()}
     expected["loss"] = expected["mse"] + 3 * expected["mae"] - 0.7 * expected["total"]
-    for name, value in expected.items():
-        assert history[f"val_{name}"][-1] == pytest.approx(value, rel=2e-3), name
+    found = {name: history[f"val_{name}"][-1] for name in expected}
+    assert found == pytest.approx(expected, rel=2e-3 if how == "mixed precision" else 1e-5)
 
 
 @fit
-@each("outputs", [dict, list, "model"])
-def test_names_with_several_outputs(tmp_path, data, outputs):
+@each("kind", ["tensors", "list", "dict"])
+def test_names_with_several_outputs(tmp_path, data, kind):
     x = keras.Input((3,))
     a, b = (layers.Dense(2, name=name)(x) for name in ("a", "b"))
     loss = mse() + mae() * TWO  # one sum for both
-    if outputs is list:
-        outputs = [a, b]
-        loss = [loss, loss]
-        model = keras.Model(x, outputs)
-        model = attach(model, loss)
+    names = ["one", "two"] if kind == "tensors" else ["a", "b"]
+    loss = [loss, loss] if kind == "list" else dict.fromkeys(names, loss)
+    if kind == "tensors":
+        model = keras.Model(x, attach({"one": a, "two": b}, loss))
     else:
-        pair = {"one": a, "two": b} if outputs is dict else {"b": b, "a": a}
-        loss = dict.fromkeys(pair, loss)
-        made = keras.Model(x, attach(pair, loss) if outputs is dict else pair)
-        model = made if outputs is dict else attach(made, loss)
+        model = attach(keras.Model(x, [a, b] if kind == "list" else {"b": b, "a": a}), loss)
     model.compile("sgd", loss=loss)
-    y = dict.fromkeys(loss, data.y) if isinstance(loss, dict) else [data.y, data.y]
-    names = list(loss) if isinstance(loss, dict) else ["a", "b"]
+    y = [data.y, data.y] if kind == "list" else dict.fromkeys(names, data.y)
     expected = {f"{n}_{part}" for n in names for part in ("loss", "mse", "mae", "mae_weight")}
-    logs = model.fit(data.x, y, verbose=0).history
-    assert set(logs) == {"loss", *expected}
+    assert set(model.fit(data.x, y, verbose=0).history) == {"loss", *expected}
     assert set(live_args(model)) == {f"{name}_mae_weight" for name in names}
     model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    logs = loaded.evaluate(data.x, y, verbose=0, return_dict=True)
+    logs = logs_of(keras.saving.load_model(tmp_path / "model.keras"), data.x, y)
     assert set(logs) == {"loss", *expected}
     for name in names:
         parts = [logs[f"{name}_{part}"] for part in ("loss", "mse", "mae")]
@@ -515,51 +448,33 @@ def test_names_with_several_outputs(tmp_path, data, outputs):
 @each(
     "loss",
     [
-        lambda: mae() + mae(scale=2),
-        lambda: mse() + mae.options(name="mse")(),
-        lambda: mse() + mae.options(name="loss")(),
-        lambda: mse() * TWO + mse() * HALF,
-        lambda: mse() * TWO + mae.options(name="mse_weight")(),
-        lambda: mse() + keras.losses.MeanAbsoluteError(name="mse"),
+        mae() + mae(scale=2),
+        mse() + mae.options(name="mse")(),
+        mse() + mae.options(name="loss")(),
+        mse() * TWO + mse() * HALF,
+        mse() * TWO + mae.options(name="mse_weight")(),
+        mse() + keras.losses.MeanAbsoluteError(name="mse"),
     ],
+    ids=repr,
 )
 def test_two_things_of_one_name(data, loss):
-    loss = loss()
     with pytest.raises(AttachError, match=r"2 different values have .*options\(name=...\)"):
-        compiled(loss)
+        attach(linear_model(), loss)
     if not loss.live_names:
         model = linear_model()
         model.compile(loss=loss)  # not attached
-        assert set(evaluated(model, data)) == {"loss"}
-
-
-def test_not_attached_only_the_total_is_logged(data):
-    loss = mse() + 2 * masked() + keras.losses.MeanAbsoluteError()
-    model = linear_model()
-    model.compile(loss=loss, metrics=[loss.replace(mask=1.0)])
-    logs = evaluated(model, data, sample_weight={"mask": data.mask})
-    assert set(logs) == {"loss", "sum"}
-    error = data.y - predictions(data.x)
-    rest = (error**2).mean() + np.abs(error).mean()
-    assert logs["loss"] == pytest.approx(rest + 2 * (data.mask * error**2).mean(), rel=1e-6)
-    assert logs["sum"] == pytest.approx(rest + 2 * (error**2).mean(), rel=1e-6)
+        assert set(logs_of(model, data.x, data.y)) == {"loss"}
 
 
 @fit
 def test_class_weight(data):
-    labels = np.arange(12) % 3
-    crossentropy = with_args(keras.losses.sparse_categorical_crossentropy, name="crossentropy")
-    loss = crossentropy(from_logits=True) + keras.losses.SparseCategoricalCrossentropy(
-        from_logits=True, name="keras"
-    )
-    network = keras.Sequential([keras.Input((3,)), layers.Dense(3)])
-    model = compiled(loss, network)
-    logits = model.predict(data.x, verbose=0)
-    class_weight = {0: 1.0, 1: 0.5, 2: 4.0}
-    logs = model.fit(data.x, labels, class_weight=class_weight, verbose=0).history
-    each_sample = np.log(np.exp(logits).sum(1)) - logits[np.arange(12), labels]
-    weighted = (each_sample * [class_weight[one] for one in labels]).mean()
-    expected = {"loss": 2 * weighted, "crossentropy": weighted, "keras": weighted}
+    labels = np.arange(12) % 2
+    model = attached(mse() + keras.losses.MeanSquaredError(name="keras"))
+    given = {"class_weight": {0: 0.5, 1: 4.0}, "verbose": 0}
+    logs = model.fit(data.x, np.eye(2)[labels], **given).history
+    each_sample = ((np.eye(2)[labels] - predictions(data.x)) ** 2).mean(1)
+    weighted = (each_sample * np.where(labels, 4.0, 0.5)).mean()
+    expected = {"loss": 2 * weighted, "mse": weighted, "keras": weighted}
     assert {name: one[0] for name, one in logs.items()} == pytest.approx(expected, rel=1e-5)
 
 
@@ -580,79 +495,62 @@ def test_a_term_is_evaluated_once(data, is_attached):
     inner = losses.composed(main=counted(), weight=2.0)
     loss = counted() + inner + 3 * counted() + counted.options(name="other")(n=1)
     track = [counted(), losses.composed.options(name="also")(main=counted())]
-    model = linear_model()
-    model = attach(model, loss, track=track) if is_attached else model
+    model = attach(linear_model(), loss, track=track) if is_attached else linear_model()
     model.compile("sgd", loss=loss)
-    model.train_on_batch(data.x, data.y)
-    calls.clear()
-    for count in range(1, 4):
+    for count in range(3):
+        calls.clear()
         model.train_on_batch(data.x, data.y)
-        assert sorted(calls) == [0] * count + [1] * count
+        assert count == 0 or sorted(calls) == [0, 1]
 
 
 @fit
 def test_nothing_is_left_behind(data):
-    loss = mse() * keras.Variable(2.0, name="here") + keras.losses.Huber(0.75) - HALF * mae()
-    model = compiled(loss, run_eagerly=True)  # TensorFlow keeps graphs
-    model.fit(data.x, data.y, verbose=0)
-    evaluated(model, data)
+    """Neither objects nor tracers of JAX."""
+    loss = mse() * fixed(2.0, "here") + keras.losses.Huber(0.75) - HALF * mae()
+    model = attached(loss, run_eagerly=BACKEND == "tensorflow")  # which keeps graphs
+    checking = contextlib.nullcontext()
+    if BACKEND == "jax":
+        checking = sys.modules["jax"].checking_leaks()
+    with checking:
+        model.fit(data.x, data.y, verbose=0)
+    logs_of(model, data.x, data.y)
     references = [weakref.ref(one) for one in (loss, model, loss.terms[1], model.layers[-1])]
     del loss, model
     gc.collect()
     assert [reference() for reference in references] == [None] * len(references)
 
 
-@fit
-@pytest.mark.skipif(BACKEND != "jax", reason="tracers")
-def test_no_tracer_leaks(data):
-    import jax
-
-    loss = mse() * keras.Variable(2.0, name="here") + keras.losses.Huber(0.75) - HALF * mae()
-    model = compiled(loss)
-    with jax.checking_leaks():
-        model.fit(data.x, data.y, verbose=0)
-
-
 # ---- Files ----
 
-
-def test_sum_without_live_weights_is_saved_alone():
-    loss = mse() - 0.5 * mae(scale=2) + keras.losses.CosineSimilarity(axis=0) + 10
-    text = json.dumps(keras.losses.serialize(loss))
-    assert keras.losses.deserialize(json.loads(text)) is loss
-    assert pickle.loads(pickle.dumps(loss)) is loss
-    code = f"import json, keras, sums; print(keras.losses.deserialize(json.loads({text!r})))"
-    assert run_python(code).strip() == repr(loss)
-
-
-SEGMENT = """
+LOAD = """
 import json, keras, sums
-for name in sums.SEGMENTATION:
-    loaded = keras.saving.load_model(folder + name + ".keras")
-    _, x, y = sums.segmented(name)
-    print(json.dumps([repr(loaded.loss), loaded.evaluate(x, y, verbose=0, return_dict=True)]))
+model = keras.saving.load_model({path!r})
+alone = keras.losses.deserialize(json.loads({text!r}))
+_, x, y = sums.segmented()
+logs = model.evaluate(x, y, verbose=0, return_dict=True)
+print(json.dumps([repr(model.loss), alone is model.loss, logs]))
 """
 
 
-@fit
-def test_sums_of_segmentation(tmp_path):
-    saved = []
-    for name in sums.SEGMENTATION:
-        model, x, y = sums.segmented(name)
-        first, last = (model.fit(x, y, epochs=5, verbose=0).history["loss"][-1] for _ in range(2))
-        assert last < first
-        logs = model.evaluate(x, y, verbose=0, return_dict=True)
-        found = model.predict(x, verbose=0)
-        for term in model.loss.terms:
-            assert logs[term.name] == pytest.approx(to_float(term(y, found)), rel=1e-5)
-        weights, constants = (model.loss.args[name] for name in ("weights", "constants"))
-        parts = [factor * logs[t.name] for (factor,), t in zip(weights, model.loss.terms)]  # noqa: B905
-        assert logs["loss"] == pytest.approx(sum(parts) + sum(n for (n,) in constants), rel=1e-5)
-        assert set(logs) == {"loss", *(term.name for term in model.loss.terms)}
-        model.save(tmp_path / f"{name}.keras")
-        saved.append((repr(model.loss), pytest.approx(logs, rel=1e-5)))
-    output = run_python(f"folder = {str(tmp_path)!r} + '/'\n{SEGMENT}")
-    assert [tuple(json.loads(line)) for line in output.splitlines()[-5:]] == saved
+def test_a_sum_for_segmentation_loads_in_a_fresh_process(tmp_path):
+    """With its model, and alone because it has no live weights."""
+    model, x, y = sums.segmented()
+    loss = model.loss
+    if BACKEND != "numpy":
+        history = model.fit(x, y, epochs=4, verbose=0).history
+        assert history["loss"][-1] < history["loss"][0]
+    logs = logs_of(model, x, y)
+    y_pred = model.predict(x, verbose=0)
+    values = {term.name: to_float(term(y, y_pred)) for term in loss.terms}
+    total = sum(weight * values[name] for name, weight in sums.WEIGHTS.items()) + 10
+    assert logs == pytest.approx({"loss": total, **values}, rel=1e-5)
+
+    text, path = json.dumps(keras.losses.serialize(loss)), str(tmp_path / "model.keras")
+    assert keras.losses.deserialize(json.loads(text)) is pickle.loads(pickle.dumps(loss)) is loss
+    model.save(path)
+    output = run_python(LOAD.format(path=path, text=text))
+    shown, is_one_loss, found = json.loads(output.splitlines()[-1])
+    assert (shown, is_one_loss, found) == (repr(loss), True, pytest.approx(logs, rel=1e-5))
 
 
 @fit
@@ -665,7 +563,7 @@ def test_models_written_on_other_backends(written_on):
     model.compile("sgd", loss=loss)
     x = np.linspace(-1, 1, 36, dtype="float32").reshape(12, 3)
     batch = {"mask": x[:, :2] > 0}
-    logs = model.evaluate(x, x[:, :2], sample_weight=batch, verbose=0, return_dict=True)
+    logs = logs_of(model, x, x[:, :2], sample_weight=batch)
     assert logs == pytest.approx(expected["logs"], rel=1e-5)
     assert list(live_args(model)) == expected["live"]
     assert [v.name for v in live_args(model).values() if v.trainable] == ["trained"]
@@ -673,34 +571,31 @@ def test_models_written_on_other_backends(written_on):
     assert history["mae_weight"] == [logs["mae_weight"]]
 
 
-# ---- A VAE ----
+# ---- Training ----
+
+
+@with_args
+def one_function(y_true, y_pred, *, of, gain, factor):
+    error = ops.mean(ops.square(y_true - y_pred), axis=-1)
+    return gain * error - factor * ops.mean(ops.square(of), axis=-1)
 
 
 @fit
-@each("kind", ["schedule", "variable"])
-def test_vae_equals_the_one_function_vae(kind):
-    histories = []
+def test_training_equals_one_function(data):
+    """With a trained weight, a schedule, and a tensor of the model."""
+    results = []
     for is_sum in (True, False):
-        x, z_mean, z_log_var, x_hat = vaes.tensors()
-        beta = (
-            keras.optimizers.schedules.PolynomialDecay(0.0, 9, 1.0)
-            if kind == "schedule"
-            else keras.Variable(0.5, name="beta")
-        )
-        code = {"z_mean": z_mean, "z_log_var": z_log_var}
-        if is_sum:
-            loss, track = sums.reconstruction() + losses.kl_term(**code) * beta, []
-        else:
-            loss, track = losses.vae_loss(**code, beta=beta), [losses.kl_term(**code)]
-        model = keras.Model(x, attach(x_hat, loss, track=track))
-        model.compile(keras.optimizers.Adam(0.01), loss=loss)
-        data = vaes.data()
-        options = {"batch_size": 10, "epochs": 4, "shuffle": False, "verbose": 0}
-        histories.append(model.fit(data, data, validation_data=(data, data), **options).history)
-    ours, expected = histories
-    for prefix in ("", "val_"):
-        ours[f"{prefix}beta"] = ours.pop(f"{prefix}kl_term_weight")
-        ours.pop(f"{prefix}reconstruction")
-    assert set(ours) == set(expected)
-    for name, by_epoch in expected.items():
-        assert ours[name] == pytest.approx(by_epoch, rel=1e-5, abs=1e-5), name
+        network, gain = linear_model(), keras.Variable(0.5, name="gain")
+        of = network.outputs[0]
+        ours = mse() * gain - sums.size(of=of) * HALF
+        theirs = one_function(of=of, gain=gain, factor=HALF)
+        model = attached(ours if is_sum else theirs, network, 0.1)
+        options = {"batch_size": 4, "epochs": 3, "shuffle": False, "verbose": 0}
+        history = model.fit(data.x, data.y, validation_data=(data.x, data.y), **options).history
+        results.append((history, *network.get_weights()[:2], to_float(gain)))
+    (ours, *weights), (theirs, *expected) = results
+    for name, other in (("loss", "loss"), ("mse_weight", "gain"), ("size_weight", "factor")):
+        for prefix in ("", "val_"):
+            assert ours[prefix + name] == pytest.approx(theirs[prefix + other], rel=1e-5)
+    for one, other in zip(weights, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
