@@ -144,6 +144,12 @@ def test_extra_arguments_at_the_call():
         shifted(10)(Y_TRUE, Y_PRED, shfit=1)
 
 
+def test_a_loss_at_the_call_reads_the_batch_as_a_bound_one():
+    batch = {"sample_weight": np.array([1.0, 0.0]), "shift": np.array([2.0, 2.0])}
+    for loss, extra in ((composed(main=shifted(1)), {}), (composed(), {"main": shifted(1)})):
+        assert to_float(loss(Y_TRUE, Y_PRED, batch, **extra)) == 1.5
+
+
 def test_wrong_values_at_the_call():
     for value, text in (
         (np.zeros(2, object), "'what' is an array of object"),

@@ -23,7 +23,7 @@ from lossargs._keras import (
     variables_can_be_assigned,
 )
 from lossargs._live import layers_of
-from lossargs._sums import SUM
+from lossargs._sums import SUM, Arithmetic
 from lossargs._values import map_leaves, to_tensors
 
 
@@ -235,11 +235,10 @@ class Call(keras.losses.Loss):
         """Return arguments as the function receives them."""
 
         def inner(leaf: Any) -> Any:
-            is_inner = isinstance(leaf, keras.losses.Loss) and leaf in self.loss.inner_losses
-            return Call(leaf, self.inputs) if is_inner else leaf
+            return Call(leaf, self.inputs) if isinstance(leaf, Arithmetic) else leaf
 
         given = {name: to_tensors(value, self.dtype, name) for name, value in args.items()}
-        if self.loss.inner_losses:
+        if self.loss.inner_losses or self.extra:
             given = {name: map_leaves(value, inner) for name, value in given.items()}
         return given
 

@@ -36,8 +36,11 @@ class Inputs:
     term_weights: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, loss: Any, y_pred: Any, sample_weight: Any) -> "Inputs":
-        """Return the inputs among the arguments that Keras gives to a loss."""
+    def of(cls, loss: Any, y_pred: Any, sample_weight: Any, inner: Sequence[Any] = ()) -> "Inputs":
+        """Return the inputs among the arguments that Keras gives to a loss.
+
+        `inner` has the losses among the extra arguments of the call.
+        """
         is_symbolic = in_symbolic_scope()
         values = [] if is_symbolic else get_step_values(y_pred)
         step = values[0].step if values else running_step()
@@ -47,7 +50,7 @@ class Inputs:
         if not isinstance(sample_weight, Mapping):
             return cls({}, sample_weight, values, step)
         batch = {key: value for key, value in sample_weight.items() if key != SAMPLE_WEIGHT}
-        _check_batch(batch, loss)
+        _check_batch(batch, loss, (loss, *loss.inner_losses, *inner))
         # Keras weights such a metric by the first entry of the dict, in the order of its keys.
         first = min(sample_weight) if batch else SAMPLE_WEIGHT
         metrics = None if first == SAMPLE_WEIGHT else weighted_metrics_of(step and step.model)
@@ -98,12 +101,12 @@ def _refuse_metrics(loss: Any) -> None:
         )
 
 
-def _check_batch(batch: Mapping[str, Any], loss: Any) -> None:
+def _check_batch(batch: Mapping[str, Any], loss: Any, takers: Sequence[Any]) -> None:
     """Raise for an entry that no function takes, or that cannot become a tensor."""
-    losses, name = (loss, *loss.inner_losses), loss.title
+    name = loss.title
     for key in batch:
-        if not any(one.takes(key) for one in losses):
-            known = list(dict.fromkeys(known for one in losses for known in one.parameters))
+        if not any(one.takes(key) for one in takers):
+            known = list(dict.fromkeys(known for one in takers for known in one.parameters))
             raise BatchError(
                 f"The batch (third element of the data) has an entry {key!r}, which {name} does "
                 f"not take. {taken(key, known)} Leave it out, or accept it: "

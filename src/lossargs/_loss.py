@@ -45,7 +45,7 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
         self._key = key  # equal for equal losses
         self._hash = hash(key)
         self.live_names = tuple(dict.fromkeys(name for name, _, _ in self.live_leaves()))
-        self.inner_losses = tuple(self._find_inner_losses())  # at any depth
+        self.inner_losses = inner_losses_of(args)
         # Whether this loss, or one among its arguments, has live arguments.
         self.holds_live = any(loss.live_names for loss in (self, *self.inner_losses))
         self.layers: weakref.WeakSet[Any] = weakref.WeakSet()  # `LossArgs` layers that hold it
@@ -121,17 +121,6 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
         """Return the arguments that hold live values, with each leaf converted."""
         return {name: map_leaves(self.bound_args[name], convert) for name in self.live_names}
 
-    def _find_inner_losses(self) -> list["BoundLoss"]:
-        found: list[BoundLoss] = []
-
-        def look(leaf: Any) -> None:
-            if isinstance(leaf, BoundLoss):
-                found.extend((leaf, *leaf.inner_losses))
-
-        for value in self.bound_args.values():
-            map_leaves(value, look)
-        return found
-
     @property
     def terms(self) -> "tuple[BoundLoss, ...]":
         """The losses that this sum or balanced loss combines; otherwise empty."""
@@ -191,7 +180,7 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
             4.0
         """
         try:
-            inputs = Inputs.of(self, y_pred, sample_weight)
+            inputs = Inputs.of(self, y_pred, sample_weight, inner_losses_of(extra))
             if in_symbolic_scope():
                 return build(Call.reduced(self, inputs, extra), y_true, y_pred)
             layers = [(one, one.layer()) for one in inputs.values]
@@ -324,6 +313,19 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
 
 def _unpickled(function: LossFunction, args: dict[str, Any], options: dict[str, Any]) -> BoundLoss:
     return BoundLoss.of(function, args, **options)
+
+
+def inner_losses_of(args: Mapping[str, Any]) -> tuple[BoundLoss, ...]:
+    """Return the bound losses among arguments, at any depth."""
+    found: list[BoundLoss] = []
+
+    def look(leaf: Any) -> None:
+        if isinstance(leaf, BoundLoss):
+            found.extend((leaf, *leaf.inner_losses))
+
+    for name, value in args.items():
+        map_leaves(value, look, repr(name))
+    return tuple(found)
 
 
 def check_is_bound(loss: Any) -> None:
