@@ -9,7 +9,7 @@ import pytest
 
 from helpers import BACKEND, attached, fixed, linear_model, logs_of
 from lossargs import ArgumentError, BatchError, with_args
-from losses import masked, shifted
+from losses import composed, masked, shifted
 
 pytestmark = pytest.mark.fit
 each = pytest.mark.parametrize
@@ -40,13 +40,15 @@ def fitted(model, data, **options):
     return model.fit(data.x, data.y, shuffle=False, epochs=2, verbose=0, **options).history["loss"]
 
 
-def assert_same_weights(model, other):
-    for one, two in zip(model.get_weights(), other.get_weights(), strict=True):
+def assert_same(weights, others):
+    for one, two in zip(weights, others, strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-5)
 
 
-@each("eager", [False, True], ids=["compiled", "eager"])
-@each("how", ["fit", "evaluate"])
+each_step = each(("how", "eager"), [("fit", False), ("fit", True), ("evaluate", False)])
+
+
+@each_step
 def test_exception_in_the_first_step(data, how, eager, broken):
     """Where Keras on JAX has taken the variables away, and would not bring them back."""
     shift = fixed(2.0)
@@ -58,8 +60,7 @@ def test_exception_in_the_first_step(data, how, eager, broken):
     note = "".join(error.value.__notes__)
     assert "While computing the loss fragile with y_true: float32 (" in note
     assert "shift: float32 ()" in note
-    for one, two in zip(model.get_weights(), weights, strict=True):
-        np.testing.assert_array_equal(one, two)
+    assert_same(model.get_weights(), weights)
     broken["now"] = False
     shift.assign(5.0)
     expected = [value + 4 for value in fitted(compiled(fragile(shift=1.0)), data)]
@@ -71,7 +72,6 @@ def test_exception_in_the_first_step(data, how, eager, broken):
 
 def assert_gone(references):
     keras.backend.clear_session()
-    gc.collect()
     gc.collect()
     if BACKEND != "tensorflow":  # whose graphs keep what they were made of
         assert [reference() for reference in references] == [None] * len(references)
@@ -91,7 +91,7 @@ def test_exception_in_a_callback(data):
     with pytest.raises(ArgumentError, match="'shift'"):
         model.fit(data.x, data.y, shuffle=False, verbose=0, callbacks=[fail])
     other.fit(data.x, data.y, shuffle=False, verbose=0)
-    assert_same_weights(model, other)
+    assert_same(model.get_weights(), other.get_weights())
 
 
 @each("state", [None, 1, ([],)])
@@ -174,8 +174,7 @@ def error_in_the_third_step(mask, *, eager):
     return ArgumentError, "masked needs .*'mask'", ""
 
 
-@each("eager", [False, True], ids=["compiled", "eager"])
-@each("how", ["fit", "evaluate"])
+@each_step
 def test_error_in_a_later_step(data, how, eager):
     """The model is then as the steps before left it, and continues from there."""
     model, other = (compiled(masked(), run_eagerly=eager) for _ in range(2))
@@ -185,7 +184,7 @@ def test_error_in_a_later_step(data, how, eager):
             run(model, how, data, GOOD, GOOD, mask)
         assert note in "".join(getattr(error.value, "__notes__", []))
         run(other, how, data, GOOD, GOOD)
-        assert_same_weights(model, other)
+        assert_same(model.get_weights(), other.get_weights())
         for then in ("evaluate", "fit"):
             one, two = (run(m, then, data, GOOD) for m in (model, other))
             assert one == pytest.approx(two, rel=1e-5)
@@ -202,18 +201,14 @@ def test_array_of_a_wrong_length_in_fit(data):
 
 
 def test_live_values_after_a_failed_batch(data):
-    @with_args
-    def live_masked(y_true, y_pred, *, mask, shift):
-        return masked.__wrapped__(y_true, y_pred, mask=mask) + shift
-
     shift = fixed(2.0)
-    loss = live_masked(shift=shift)
+    loss = composed(main=masked(), weight=shift)
     model = attached(loss)
     with pytest.raises(of_shapes()[0]):
         run(model, "fit", data, GOOD, GOOD, LENGTH)
     shift.assign(5.0)
     batch = {"sample_weight": {"mask": GOOD}}
-    assert logs_of(model, data.x, data.y, **batch)["shift"] == 5
+    assert logs_of(model, data.x, data.y, **batch)["weight"] == 5
     gone = [weakref.ref(model.layers[-1]), weakref.ref(loss)]
     del model, loss, shift
     assert_gone(gone)

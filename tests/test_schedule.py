@@ -101,10 +101,7 @@ VARIABLE = keras.Variable(1.0, name="outside")
             lambda: warmup([VARIABLE]),
             "warmup takes <trainable variable 'outside'> as 'steps'. A schedule reads",
         ),
-        (
-            lambda: losses.shifted(warmup),
-            "holds the factory warmup, not a schedule. Call it",
-        ),
+        (lambda: losses.shifted(warmup), "holds the factory warmup, not a schedule. Call it"),
         (lambda: schedule(lambda: 0), "schedule() cannot use <function"),
         (lambda: schedule(lambda *, step: 0), "cannot be called as <lambda>(step). Write `def "),
         (lambda: schedule(COSINE), "it is not a function"),
@@ -114,10 +111,7 @@ VARIABLE = keras.Variable(1.0, name="outside")
             lambda: schedule(lambda s: ops.stack([s, s]))()(1),
             "<lambda>() returned a tensor of shape (2,)",
         ),
-        (
-            lambda: schedule(lambda s: s * VARIABLE)()(1),
-            "<lambda> reads the variable 'outside'. A",
-        ),
+        (lambda: schedule(lambda s: s * VARIABLE)()(1), "<lambda> reads the variable 'outside'. A"),
     ],
 )
 def test_mistakes(bind, text):
