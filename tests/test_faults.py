@@ -45,10 +45,7 @@ def assert_same(weights, others):
         np.testing.assert_allclose(one, two, rtol=1e-5)
 
 
-each_step = each(("how", "eager"), [("fit", False), ("fit", True), ("evaluate", False)])
-
-
-@each_step
+@each(("how", "eager"), [("fit", False), ("fit", True), ("evaluate", False)])
 def test_exception_in_the_first_step(data, how, eager, broken):
     """Where Keras on JAX has taken the variables away, and would not bring them back."""
     shift = fixed(2.0)
@@ -174,10 +171,17 @@ def error_in_the_third_step(mask, *, eager):
     return ArgumentError, "masked needs .*'mask'", ""
 
 
-@each_step
-def test_error_in_a_later_step(data, how, eager):
+@each(
+    ("how", "eager", "live"),
+    [("fit", False, True), ("fit", True, False), ("evaluate", False, False)],
+)
+def test_error_in_a_later_step(data, how, eager, live):
     """The model is then as the steps before left it, and continues from there."""
-    model, other = (compiled(masked(), run_eagerly=eager) for _ in range(2))
+    shift = fixed(2.0)
+    loss = composed(main=masked(), weight=shift) if live else masked()
+    model, other = (
+        attached(loss, rate=0.01) if live else compiled(loss, run_eagerly=eager) for _ in range(2)
+    )
     for mask in (LENGTH, MISSING):
         kind, text, note = error_in_the_third_step(mask, eager=eager)
         with pytest.raises(kind, match=text) as error:
@@ -188,6 +192,13 @@ def test_error_in_a_later_step(data, how, eager):
         for then in ("evaluate", "fit"):
             one, two = (run(m, then, data, GOOD) for m in (model, other))
             assert one == pytest.approx(two, rel=1e-5)
+    if live:
+        shift.assign(5.0)
+        batch = {"sample_weight": {"mask": GOOD}}
+        assert logs_of(model, data.x, data.y, **batch)["weight"] == 5
+        gone = [weakref.ref(model.layers[-1]), weakref.ref(loss)]
+        del error, model, other, loss, shift
+        assert_gone(gone)
 
 
 def test_array_of_a_wrong_length_in_fit(data):
@@ -198,17 +209,3 @@ def test_array_of_a_wrong_length_in_fit(data):
     assert "'sample_weight' sizes: 5" in str(error.value)
     good = {"sample_weight": {"mask": GOOD}}
     assert fitted(model, data, **good) == fitted(compiled(masked()), data, **good)
-
-
-def test_live_values_after_a_failed_batch(data):
-    shift = fixed(2.0)
-    loss = composed(main=masked(), weight=shift)
-    model = attached(loss)
-    with pytest.raises(of_shapes()[0]):
-        run(model, "fit", data, GOOD, GOOD, LENGTH)
-    shift.assign(5.0)
-    batch = {"sample_weight": {"mask": GOOD}}
-    assert logs_of(model, data.x, data.y, **batch)["weight"] == 5
-    gone = [weakref.ref(model.layers[-1]), weakref.ref(loss)]
-    del model, loss, shift
-    assert_gone(gone)
