@@ -146,13 +146,6 @@ def test_dtypes(data):
     assert seen == {name: {"float32" if "float" in name else name} for name in names}
 
 
-def test_batch_comes_before_the_bound_value_and_the_default(data):
-    plain = evaluated(scaled(), data, None)
-    for loss in (scaled(), scaled(2)):
-        value = evaluated(loss, data, {"scale": np.full(12, 3.0)})
-        assert value == pytest.approx(3 * plain, rel=1e-5)
-
-
 def test_outputs_with_a_batch_each(data):
     inputs = keras.Input((3,))
     model = keras.Model(inputs, {n: keras.layers.Dense(2, name=n)(inputs) for n in ("a", "b")})
@@ -186,12 +179,6 @@ def test_no_targets():
 
 
 # ---- Errors ----
-
-
-@each("given", [None, np.ones(12)], ids=["nothing", "weights"])
-def test_nothing_in_the_batch(data, given):
-    with pytest.raises(ArgumentError, match="masked needs a value for 'mask'"):
-        evaluated(masked(), data, given)
 
 
 @pytest.mark.fit

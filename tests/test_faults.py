@@ -23,13 +23,6 @@ def fragile(y_true, y_pred, *, shift):
     return keras.losses.mean_squared_error(y_true, y_pred) + shift
 
 
-@pytest.fixture
-def broken():
-    BROKEN["now"] = True
-    yield BROKEN
-    BROKEN["now"] = False
-
-
 def compiled(loss, **options):
     model = linear_model()
     model.compile(keras.optimizers.SGD(0.01), loss=loss, **options)
@@ -46,8 +39,9 @@ def assert_same(weights, others):
 
 
 @each(("how", "eager"), [("fit", False), ("fit", True), ("evaluate", False)])
-def test_exception_in_the_first_step(data, how, eager, broken):
+def test_exception_in_the_first_step(data, how, eager, monkeypatch):
     """Where Keras on JAX has taken the variables away, and would not bring them back."""
+    monkeypatch.setitem(BROKEN, "now", True)
     shift = fixed(2.0)
     loss = fragile(shift=shift)
     model = attached(loss, rate=0.01, run_eagerly=eager)
@@ -58,7 +52,7 @@ def test_exception_in_the_first_step(data, how, eager, broken):
     assert "While computing the loss fragile with y_true: float32 (" in note
     assert "shift: float32 ()" in note
     assert_same(model.get_weights(), weights)
-    broken["now"] = False
+    monkeypatch.setitem(BROKEN, "now", False)
     shift.assign(5.0)
     expected = [value + 4 for value in fitted(compiled(fragile(shift=1.0)), data)]
     assert fitted(model, data) == pytest.approx(expected, rel=1e-5)
@@ -92,8 +86,9 @@ def test_exception_in_a_callback(data):
 
 
 @each("state", [None, 1, ([],)])
-def test_exception_in_a_fit_of_ones_own(data, state, broken):
+def test_exception_in_a_fit_of_ones_own(data, state, monkeypatch):
     """It is the one that arrives, whatever the loop calls its variables."""
+    monkeypatch.setitem(BROKEN, "now", True)
 
     class Own(keras.Model):
         def call(self, x):
