@@ -99,22 +99,19 @@ def test_inner_loss_is_the_bound_one():
     assert (hash(seen[0]), seen[0].name) == (hash(inner), "shifted")
 
 
-class Unpicklable:
-    def __init__(self):
-        self.function = lambda: None
-
-    def __eq__(self, other):
-        return isinstance(other, Unpicklable)
-
-    def __hash__(self):
-        return 0
-
-
 def test_objects_that_cannot_be_compared_stay_apart():
-    one, two = Unpicklable(), Unpicklable()
-    assert losses.described(what=one) is losses.described(what=one)
-    assert losses.described(what=one).args["what"] is one
-    assert losses.described(what=two).args["what"] is two
+    class Unpicklable:
+        def __eq__(self, other):
+            return isinstance(other, Unpicklable)
+
+        def __hash__(self):
+            return 0
+
+    values = Unpicklable(), Unpicklable()
+    bound = [losses.described(what=value) for value in values]
+    for loss, value in zip(bound, values, strict=True):
+        assert losses.described(what=value) is loss
+        assert loss.args["what"] is value
 
 
 @pytest.mark.skipif(KERAS < (3, 15), reason="older Keras hides the error of stand-ins")

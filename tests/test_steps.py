@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from helpers import BACKEND, KERAS, logs_of, step_itself, to_float
+from helpers import BACKEND, KERAS, attached, logs_of, step_itself, to_float
 from lossargs import Adapter, ArgumentError, LossArgs, attach, with_args
 
 pytestmark = [pytest.mark.fit, pytest.mark.filterwarnings("ignore:`shuffle=True`")]
@@ -160,7 +160,7 @@ class Held(Adapter):
 def test_state_of_a_live_argument(eagerly):
     only = with_args(lambda y_true, y_pred, a, b: 0 * mse(y_true, y_pred) + a + 2.0 * b)
     loss = only(Held(lambda v: v + 0.0), Held(lambda v: v.value))
-    model = compiled(attach(network(), loss), loss, run_eagerly=eagerly)
+    model = attached(loss, network(), run_eagerly=eagerly)
     for step in range(3):
         model.reset_metrics()
         logs = model.train_on_batch(X, Y, return_dict=True)
@@ -179,7 +179,7 @@ def test_trained_on_the_value_before_the_step(form, data):
             value = live.state
             value.assign(1.0)
         loss = wrapped(times([live])) if form == "inner" else times([live])
-        model = compiled(attach(network(2), loss), loss, 0.1, **options)
+        model = attached(loss, network(2), 0.1, **options)
         dense = model.layers[0]
         for _ in range(2):
             s, kernel, bias = (np.array(ops.convert_to_numpy(v)) for v in (value, *dense.weights))
@@ -235,7 +235,7 @@ HOOKS = [  # apart, as one that synchronizes the variable helps the one after it
 def test_variable_in_callbacks(kind, hooks):
     base, seen = network(), []
     value = base.layers[0].bias if kind == "bias" else variable(0.0)
-    model = compiled(attach(base, loss := plus(value)), loss)
+    model = attached(plus(value), base)
     used = callback(hooks, using(value, seen))
     model.fit(X, Y, epochs=2, batch_size=4, validation_data=(X, Y), **used)
     assert len(seen) >= 2
@@ -247,7 +247,7 @@ def test_variable_in_callbacks(kind, hooks):
 def test_variable_in_callbacks_of_predict():
     """Before the first training and after it."""
     value, seen = variable(0.0), []
-    model = compiled(attach(network(), loss := plus(value)), loss)
+    model = attached(plus(value), network())
     used = callback("predict_batch_end", using(value, seen))
     model.predict(X, batch_size=4, **used)
     run(model, "fit")
@@ -264,8 +264,7 @@ def test_error_in_a_later_epoch():
             raise RuntimeError
         return mse(y_true, y_pred) + s
 
-    model = attach(network(), loss := failing(value))
-    compiled(model, loss, run_eagerly=BACKEND == "tensorflow")
+    model = attached(failing(value), network(), run_eagerly=BACKEND == "tensorflow")
     batches = ((X[:n], Y[:n]) for n in (8, 8, 4))
     with pytest.raises(RuntimeError):
         model.fit(batches, steps_per_epoch=2, epochs=2, **callback("epoch_begin", using(value, [])))
