@@ -65,7 +65,7 @@ def test_the_functions_of_keras_are_found():
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize(
     ("reduction", "weighted"),
-    [(None, False), (REDUCTIONS[0], False), *((reduction, True) for reduction in REDUCTIONS)],
+    [(REDUCTIONS[0], False), *((reduction, True) for reduction in REDUCTIONS)],
 )
 def test_every_keras_loss_equals_its_class(name, weighted, reduction):
     arguments = ARGUMENTS.get(name, {})
