@@ -75,7 +75,8 @@ def test_what_is_no_loss():
     loss = with_args(lambda y_true, y_pred: lambda: None)()
     with pytest.raises(ArgumentError, match="returns a function.*Move the extra arguments"):
         network(loss).evaluate(X, Y, verbose=0)
-    for factory in (losses.shifted, losses.scaled, losses.both):
+    two = with_args(lambda y_true, y_pred, a, b: a + b)
+    for factory in (losses.shifted, losses.scaled, two):
         with raising(ArgumentError, "loss="):
             network(factory).evaluate(X, Y, verbose=0)
     with pytest.raises(ArgumentError, match="is a loss, not a number"):
