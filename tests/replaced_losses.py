@@ -25,27 +25,18 @@ def replaced(cls, function):
     return make
 
 
-def pytest_addoption(parser):
-    parser.addoption("--leave-out-config-tests", action="store_true")
-
-
 def pytest_configure():
     functions = {
         name.replace("_", ""): value
         for name, value in vars(module).items()
         if inspect.isfunction(value)
     }
-    classes = [
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value) and value.__module__ == module.__name__
-    ]
-    for cls in classes:
-        if cls is not module.LossFunctionWrapper:
-            setattr(module, cls.__name__, replaced(cls, functions[cls.__name__.lower()]))
+    for name, cls in inspect.getmembers(module, inspect.isclass):
+        if cls.__module__ == module.__name__ and cls is not module.LossFunctionWrapper:
+            setattr(module, name, replaced(cls, functions[name.lower()]))
 
 
-def pytest_collection_modifyitems(config, items):
+def pytest_collection_modifyitems(items):
     for item in items:
-        if config.getoption("--leave-out-config-tests") and "config" in item.name:
+        if "config" in item.name:
             item.add_marker(pytest.mark.skip(reason="looks at Keras's own config format"))

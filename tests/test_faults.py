@@ -9,7 +9,7 @@ import pytest
 
 from helpers import BACKEND, attached, fixed, linear_model, logs_of
 from lossargs import ArgumentError, BatchError, with_args
-from losses import masked, shifted
+from losses import composed, masked, shifted
 
 pytestmark = pytest.mark.fit
 each = pytest.mark.parametrize
@@ -23,13 +23,6 @@ def fragile(y_true, y_pred, *, shift):
     return keras.losses.mean_squared_error(y_true, y_pred) + shift
 
 
-@pytest.fixture
-def broken():
-    BROKEN["now"] = True
-    yield BROKEN
-    BROKEN["now"] = False
-
-
 def compiled(loss, **options):
     model = linear_model()
     model.compile(keras.optimizers.SGD(0.01), loss=loss, **options)
@@ -40,15 +33,15 @@ def fitted(model, data, **options):
     return model.fit(data.x, data.y, shuffle=False, epochs=2, verbose=0, **options).history["loss"]
 
 
-def assert_same_weights(model, other):
-    for one, two in zip(model.get_weights(), other.get_weights(), strict=True):
+def assert_same(weights, others):
+    for one, two in zip(weights, others, strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-5)
 
 
-@each("eager", [False, True], ids=["compiled", "eager"])
-@each("how", ["fit", "evaluate"])
-def test_exception_in_the_first_step(data, how, eager, broken):
+@each(("how", "eager"), [("fit", False), ("fit", True), ("evaluate", False)])
+def test_exception_in_the_first_step(data, how, eager, monkeypatch):
     """Where Keras on JAX has taken the variables away, and would not bring them back."""
+    monkeypatch.setitem(BROKEN, "now", True)
     shift = fixed(2.0)
     loss = fragile(shift=shift)
     model = attached(loss, rate=0.01, run_eagerly=eager)
@@ -58,9 +51,8 @@ def test_exception_in_the_first_step(data, how, eager, broken):
     note = "".join(error.value.__notes__)
     assert "While computing the loss fragile with y_true: float32 (" in note
     assert "shift: float32 ()" in note
-    for one, two in zip(model.get_weights(), weights, strict=True):
-        np.testing.assert_array_equal(one, two)
-    broken["now"] = False
+    assert_same(model.get_weights(), weights)
+    monkeypatch.setitem(BROKEN, "now", False)
     shift.assign(5.0)
     expected = [value + 4 for value in fitted(compiled(fragile(shift=1.0)), data)]
     assert fitted(model, data) == pytest.approx(expected, rel=1e-5)
@@ -71,7 +63,6 @@ def test_exception_in_the_first_step(data, how, eager, broken):
 
 def assert_gone(references):
     keras.backend.clear_session()
-    gc.collect()
     gc.collect()
     if BACKEND != "tensorflow":  # whose graphs keep what they were made of
         assert [reference() for reference in references] == [None] * len(references)
@@ -91,12 +82,13 @@ def test_exception_in_a_callback(data):
     with pytest.raises(ArgumentError, match="'shift'"):
         model.fit(data.x, data.y, shuffle=False, verbose=0, callbacks=[fail])
     other.fit(data.x, data.y, shuffle=False, verbose=0)
-    assert_same_weights(model, other)
+    assert_same(model.get_weights(), other.get_weights())
 
 
 @each("state", [None, 1, ([],)])
-def test_exception_in_a_fit_of_ones_own(data, state, broken):
+def test_exception_in_a_fit_of_ones_own(data, state, monkeypatch):
     """It is the one that arrives, whatever the loop calls its variables."""
+    monkeypatch.setitem(BROKEN, "now", True)
 
     class Own(keras.Model):
         def call(self, x):
@@ -174,21 +166,34 @@ def error_in_the_third_step(mask, *, eager):
     return ArgumentError, "masked needs .*'mask'", ""
 
 
-@each("eager", [False, True], ids=["compiled", "eager"])
-@each("how", ["fit", "evaluate"])
-def test_error_in_a_later_step(data, how, eager):
+@each(
+    ("how", "eager", "live"),
+    [("fit", False, True), ("fit", True, False), ("evaluate", False, False)],
+)
+def test_error_in_a_later_step(data, how, eager, live):
     """The model is then as the steps before left it, and continues from there."""
-    model, other = (compiled(masked(), run_eagerly=eager) for _ in range(2))
+    shift = fixed(2.0)
+    loss = composed(main=masked(), weight=shift) if live else masked()
+    model, other = (
+        attached(loss, rate=0.01) if live else compiled(loss, run_eagerly=eager) for _ in range(2)
+    )
     for mask in (LENGTH, MISSING):
         kind, text, note = error_in_the_third_step(mask, eager=eager)
         with pytest.raises(kind, match=text) as error:
             run(model, how, data, GOOD, GOOD, mask)
         assert note in "".join(getattr(error.value, "__notes__", []))
         run(other, how, data, GOOD, GOOD)
-        assert_same_weights(model, other)
+        assert_same(model.get_weights(), other.get_weights())
         for then in ("evaluate", "fit"):
             one, two = (run(m, then, data, GOOD) for m in (model, other))
             assert one == pytest.approx(two, rel=1e-5)
+    if live:
+        shift.assign(5.0)
+        batch = {"sample_weight": {"mask": GOOD}}
+        assert logs_of(model, data.x, data.y, **batch)["weight"] == 5
+        gone = [weakref.ref(model.layers[-1]), weakref.ref(loss)]
+        del error, model, other, loss, shift
+        assert_gone(gone)
 
 
 def test_array_of_a_wrong_length_in_fit(data):
@@ -199,21 +204,3 @@ def test_array_of_a_wrong_length_in_fit(data):
     assert "'sample_weight' sizes: 5" in str(error.value)
     good = {"sample_weight": {"mask": GOOD}}
     assert fitted(model, data, **good) == fitted(compiled(masked()), data, **good)
-
-
-def test_live_values_after_a_failed_batch(data):
-    @with_args
-    def live_masked(y_true, y_pred, *, mask, shift):
-        return masked.__wrapped__(y_true, y_pred, mask=mask) + shift
-
-    shift = fixed(2.0)
-    loss = live_masked(shift=shift)
-    model = attached(loss)
-    with pytest.raises(of_shapes()[0]):
-        run(model, "fit", data, GOOD, GOOD, LENGTH)
-    shift.assign(5.0)
-    batch = {"sample_weight": {"mask": GOOD}}
-    assert logs_of(model, data.x, data.y, **batch)["shift"] == 5
-    gone = [weakref.ref(model.layers[-1]), weakref.ref(loss)]
-    del model, loss, shift
-    assert_gone(gone)

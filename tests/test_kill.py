@@ -20,15 +20,11 @@ RANDOM = sorted(map(int, np.random.default_rng(6).choice(ALL, 10, replace=False)
 EACH = [QUICK, *(pytest.param(step, marks=pytest.mark.nightly) for step in RANDOM)]
 
 
-def run(folder, *options, ways=killed.WAYS):
-    return subprocess.run(
-        [sys.executable, "killed.py", folder, *ways, *options],
+def kill(folder, option, ways=killed.WAYS):
+    done = subprocess.run(
+        [sys.executable, "killed.py", folder, *ways, option],
         capture_output=True, text=True, timeout=300, cwd=TESTS,
     )  # fmt: skip
-
-
-def kill(folder, *options, **ways):
-    done = run(folder, *options, **ways)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (folder / "result.json").exists()
 

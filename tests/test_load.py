@@ -1,6 +1,5 @@
 """Many steps, threads, models and arguments: nothing grows, nothing mixes."""
 
-import collections
 import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,17 +11,20 @@ import pytest
 from keras import ops
 
 import losses
-from helpers import BACKEND, linear_model, predictions, to_float, values_on_tensors
-from lossargs import attach, live_args, with_args
+from helpers import (
+    BACKEND,
+    attached,
+    error_of,
+    fixed,
+    linear_model,
+    objects_of_lossargs,
+    to_float,
+    values_on_tensors,
+)
+from lossargs import live_args, with_args
 
 THREADS = 16
 STATM = Path("/proc/self/statm")
-
-
-@with_args
-def everything(y_true, y_pred, offset, *, advantage, live, schedule, code):  # noqa: PLR0913
-    error = ops.mean(ops.square(y_true - y_pred), axis=-1)
-    return error + offset + live * advantage + schedule * ops.mean(ops.square(code), axis=-1)
 
 
 def make_data(samples):
@@ -36,14 +38,12 @@ def attached_model(**live):
     code = keras.layers.Dense(8, "tanh")(x)
     live = {
         "offset": 1.0,
-        "live": keras.Variable(0.5, trainable=False),
+        "live": fixed(0.5),
         "schedule": keras.optimizers.schedules.PolynomialDecay(0.0, 100, 1.0),
+        "code": ops.mean(code**2, axis=-1),
         **live,
     }
-    loss = everything(code=code, **live)
-    model = keras.Model(x, attach(keras.layers.Dense(2)(code), loss))
-    model.compile("sgd", loss=loss)
-    return model
+    return attached(losses.flexible(**live), keras.Model(x, keras.layers.Dense(2)(code)), 0.01)
 
 
 # Memory over many steps
@@ -52,8 +52,7 @@ def attached_model(**live):
 class Measuring(keras.callbacks.Callback):
     """Assigns a live value now and then, and measures after each epoch."""
 
-    def __init__(self):
-        super().__init__()
+    def on_train_begin(self, logs=None):
         self.objects, self.memory = [], []
 
     def on_train_batch_end(self, batch, logs=None):
@@ -64,17 +63,6 @@ class Measuring(keras.callbacks.Callback):
         gc.collect()
         self.objects.append(len(gc.get_objects()))
         self.memory.append(int(STATM.read_text().split()[1]) * 4096 if STATM.exists() else 0)
-
-
-class Leaking(keras.callbacks.Callback):
-    """Keeps something of each step, as code does that leaks."""
-
-    def __init__(self):
-        super().__init__()
-        self.kept = []
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.kept.append([bytes(1000)])
 
 
 def grows(values, steps, limit):
@@ -90,12 +78,15 @@ def grows(values, steps, limit):
 )
 def test_steps_leave_nothing_behind(epochs, steps, leaking):
     """What leaks on purpose is seen."""
-    measured = Measuring()
+    measured, kept = Measuring(), []
+    leak = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: kept.append([bytes(1000)])
+    )
     x, y, more = make_data(2 * steps)
     model = attached_model()
     model.fit(
         x, y, sample_weight=more, batch_size=2, epochs=epochs, shuffle=False, verbose=0,
-        callbacks=[*([Leaking()] if leaking else []), measured],
+        callbacks=[leak, measured] if leaking else [measured],
     )  # fmt: skip
     step = next(v for v in model.non_trainable_variables if v.path.endswith("/step"))
     assert to_float(step) == epochs * steps
@@ -122,9 +113,8 @@ def meeting(y_true, y_pred, *, shift):
 
 
 @pytest.mark.parametrize("calls", [20, pytest.param(500, marks=pytest.mark.nightly)])
-@pytest.mark.parametrize("bound", [{}, {"shift": 7.0}])
-def test_threads_never_see_each_others_arguments(calls, bound):
-    y, loss = np.zeros((4, 2), "float32"), meeting(**bound)
+def test_threads_never_see_each_others_arguments(calls):
+    y, loss = np.zeros((4, 2), "float32"), meeting(shift=7.0)
 
     def call(thread):
         pred = np.full((4, 2), thread, "float32")
@@ -144,7 +134,7 @@ def test_threads_that_bind_equal_constants_get_one_object():
 
 
 def test_threads_share_an_attached_model():
-    model = attached_model(offset=2.0, live=keras.Variable(3.0, trainable=False), schedule=0.5)
+    model = attached_model(offset=2.0, live=fixed(3.0), schedule=0.5)
     inputs = np.random.default_rng(0).normal(size=(THREADS, 5, 4)).astype("float32")
     target = np.zeros((5, 2), "float32")
 
@@ -158,7 +148,7 @@ def test_threads_share_an_attached_model():
     for thread, batch in enumerate(inputs):
         hidden = np.tanh(batch @ weights[0] + weights[1])
         pred = hidden @ weights[2] + weights[3]
-        expected.append(np.mean(pred**2) + 2 + 3 * thread + 0.5 * np.mean(hidden**2))
+        expected.append(np.mean(pred**2) + 2 + 3 + thread + 0.5 + np.mean(hidden**2))
     np.testing.assert_allclose(in_threads(value), expected, rtol=1e-5)
     gc.collect()
     assert not values_on_tensors()
@@ -170,14 +160,8 @@ def test_threads_share_an_attached_model():
 def alive():
     """How many objects of lossargs' own classes are alive."""
     keras.backend.clear_session()
-    for _ in range(3):
-        gc.collect()
-    kinds = (type(one) for one in gc.get_objects())
-    return collections.Counter(
-        kind.__name__
-        for kind in kinds
-        if str(getattr(kind, "__module__", "")).startswith("lossargs.")
-    )
+    gc.collect()
+    return objects_of_lossargs()
 
 
 @pytest.mark.fit
@@ -207,32 +191,27 @@ def test_models_that_are_dropped_leave_nothing(count):
 
 @pytest.mark.fit
 def test_64_live_arguments(data, tmp_path):
-    x = keras.Input((3,))
-    fixed = {f"v{n}": keras.Variable(float(n), trainable=False) for n in range(16)}
-    trained = {f"t{n}": keras.Variable(0.5 * n) for n in range(16)}
-    decay = keras.optimizers.schedules.PolynomialDecay
-    schedules = {f"s{n}": decay(float(n), 10, 0.0) for n in range(16)}
-    tensors = {f"x{n}": ops.mean(x * n, axis=-1) for n in range(16)}
-    loss = losses.flexible(**fixed, **trained, **schedules, **tensors)
-    model = keras.Model(x, attach(linear_model()(x), loss))
-    model.compile(keras.optimizers.SGD(0.01), loss=loss)
+    network, live = linear_model(), {}
+    for n in range(16):
+        live |= {f"v{n}": fixed(float(n)), f"t{n}": keras.Variable(0.5 * n)}
+        live[f"s{n}"] = keras.optimizers.schedules.PolynomialDecay(float(n), 10, 0.0)
+        live[f"x{n}"] = ops.mean(network.inputs[0] * n, axis=-1)
+    model = attached(losses.flexible(**live), network, 0.01)
 
     logs = model.train_on_batch(data.x, data.y, return_dict=True)
-    error = np.mean((data.y - predictions(data.x)) ** 2)
     rest = sum(range(16)) * (1 + 0.5 + 1 + np.mean(data.x))
-    assert logs["loss"] == pytest.approx(error + rest, rel=1e-5)
+    assert logs["loss"] == pytest.approx(error_of(data) + rest, rel=1e-5)
     for number in range(16):
         assert logs[f"v{number}"] == logs[f"s{number}"] == number
         assert logs[f"t{number}"] == 0.5 * number  # of the step, before it was trained
-        assert to_float(trained[f"t{number}"]) == pytest.approx(0.5 * number - 0.01, abs=1e-6)
-    fixed["v3"].assign(103.0)
+        assert to_float(live[f"t{number}"]) == pytest.approx(0.5 * number - 0.01, abs=1e-6)
+    live["v3"].assign(103.0)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    live = [{n: to_float(v) for n, v in live_args(m).items()} for m in (model, loaded)]
-    assert live[1] == live[0]
-    assert (len(live[0]), live[0]["v3"]) == (32, 103.0)
+    values, again = ({n: to_float(v) for n, v in live_args(m).items()} for m in (model, loaded))
+    assert again == values
+    assert (len(values), values["v3"]) == (32, 103.0)
     model.reset_metrics()  # the oldest Keras continues with the mean
-    again = [m.train_on_batch(data.x, data.y, return_dict=True) for m in (model, loaded)]
-    again = [{name: float(value) for name, value in logs.items()} for logs in again]
-    assert again[1] == pytest.approx(again[0], rel=1e-6)
-    assert again[1]["s10"] == pytest.approx(9.0)  # the second step
+    logs, again = (m.train_on_batch(data.x, data.y, return_dict=True) for m in (model, loaded))
+    assert again == pytest.approx(logs, rel=1e-6)
+    assert again["s10"] == pytest.approx(9.0)  # the second step

@@ -12,7 +12,7 @@ import pytest
 from keras import ops
 
 import lossargs
-from helpers import BACKEND, gradient, linear_model, to_float
+from helpers import BACKEND, TESTS, gradient, linear_model, logs_of, to_float
 from lossargs import with_args
 from losses import shifted
 
@@ -53,11 +53,7 @@ def batch_for(name):
     if name in ("dice", "tversky"):
         targets = rng.integers(0, 2, size=(4, 3, 2)).astype("float32")
         return targets, rng.random((4, 3, 2)).astype("float32"), weights
-    if name in (
-        "sparse_categorical_crossentropy",
-        "circle",
-        "categorical_generalized_cross_entropy",
-    ):
+    if name == "circle" or name.startswith(("sparse_", "categorical_generalized_")):
         return np.array([0, 1, 2, 1]), probabilities, weights
     return np.eye(3, dtype="float32")[[0, 1, 2, 1]], probabilities, weights
 
@@ -67,8 +63,10 @@ def test_the_functions_of_keras_are_found():
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    ("reduction", "weighted"),
+    [(REDUCTIONS[0], False), *((reduction, True) for reduction in REDUCTIONS)],
+)
 def test_every_keras_loss_equals_its_class(name, weighted, reduction):
     arguments = ARGUMENTS.get(name, {})
     ours = with_args(FUNCTIONS[name], reduction=reduction)(**arguments)
@@ -79,7 +77,7 @@ def test_every_keras_loss_equals_its_class(name, weighted, reduction):
     values = [ops.convert_to_numpy(loss(y_true, y_pred, weights)) for loss in (ours, theirs)]
     np.testing.assert_allclose(*values, rtol=1e-6, atol=1e-6)
     assert np.all(np.isfinite(values[0]))
-    if BACKEND != "numpy" and reduction == "sum_over_batch_size":
+    if BACKEND != "numpy" and reduction == REDUCTIONS[0]:
         slopes = [
             gradient(lambda p, f=loss: ops.sum(f(y_true, p, weights)), y_pred)
             for loss in (ours, theirs)
@@ -101,21 +99,13 @@ def test_keras_own_tests_of_its_losses():
     losses_test = pytest.importorskip("keras.src.losses.losses_test", reason=reason)
     source = Path(lossargs.__file__).parents[1]
     # Keras's own tests, so neither our settings nor our conftest.
-    options = ["-q", "-c", os.devnull, "-p", "no:cacheprovider"]
-    options += ["-p", "replaced_losses", "--leave-out-config-tests"]
+    options = ["-q", "-c", os.devnull, "-p", "no:cacheprovider", "-p", "replaced_losses"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            *options,
-            "--leave-out-config-tests",
-            losses_test.__file__,
-        ],
+        [sys.executable, "-m", "pytest", *options, losses_test.__file__],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{Path(__file__).parent}"},
-        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{TESTS}"},
+        cwd=TESTS,
     )
     summary = done.stdout.strip().splitlines()[-1]
     assert done.returncode == 0, done.stdout[-4000:]
@@ -129,36 +119,25 @@ def plain(y_true, y_pred, shift=3.0):
 bound = with_args(plain)(3.0)
 
 
-def both_ways(compile_with, train):
-    """What `train` gives for the plain function and for the bound loss."""
-    return [train(compile_with(loss)) for loss in (plain, bound)]
-
-
 @pytest.mark.fit
 @pytest.mark.parametrize(
     "given",
     [
-        {},
-        {"sample_weight": np.linspace(0, 1, 12)},
+        {"sample_weight": np.linspace(0, 1, 12), "validation_split": 0.25, "batch_size": 5},
         {"class_weight": {0: 0.5, 1: 2.0}},
-        {"validation_split": 0.25, "batch_size": 5},
     ],
-    ids=lambda given: "+".join(given) or "plain",
+    ids="+".join,
 )
 def test_training_equals_the_plain_function(data, given):
     y = (data.y[:, :1] > 0).astype("float32")
 
-    def compiled(loss):
-        keras.utils.set_random_seed(0)
+    def train(loss):
         model = linear_model()
         model.compile("sgd", loss=loss, metrics=["mae"])
-        return model
-
-    def train(model):
         history = model.fit(data.x, y, epochs=2, verbose=0, shuffle=False, **given).history
         return [*history.values(), *model.get_weights()]
 
-    for plainly, boundly in zip(*both_ways(compiled, train), strict=True):
+    for plainly, boundly in zip(train(plain), train(bound), strict=True):
         np.testing.assert_array_equal(plainly, boundly)
 
 
@@ -172,42 +151,29 @@ def test_ranks_are_squeezed(true_shape, pred_shape):
     np.testing.assert_array_equal(values.ravel(), np.ones(6))
 
 
-def masked_model():
-    inputs = keras.Input((4,), dtype="int32")
-    table = np.linspace(-1, 1, 10, dtype="float32").reshape(5, 2)
-    embedded = keras.layers.Embedding(5, 2, mask_zero=True, weights=[table])(inputs)
-    return keras.Model(inputs, embedded)
-
-
 @pytest.mark.parametrize("weight", [None, np.linspace(0, 1, 8).reshape(2, 4)], ids=str)
 def test_masks_of_the_model_count(weight):
+    table = np.linspace(-1, 1, 10, dtype="float32").reshape(5, 2)
+    embedding = keras.layers.Embedding(5, 2, mask_zero=True, weights=[table])
+    model = keras.Sequential([keras.Input((4,), dtype="int32"), embedding])
     x, y = np.array([[1, 2, 0, 0], [3, 0, 0, 0]], "int32"), np.ones((2, 4, 2), "float32")
     results = []
     for loss in (plain, bound):
-        model = masked_model()
         model.compile(loss=loss)
         results.append(model.evaluate(x, y, sample_weight=weight, verbose=0))
     assert results[0] == results[1]
-    unmasked = to_float(bound(y, model.predict(x, verbose=0), weight))
-    assert results[1] != pytest.approx(unmasked)
+    assert results[1] != pytest.approx(to_float(bound(y, model.predict(x, verbose=0), weight)))
 
 
 @pytest.mark.fit
-def test_several_outputs_are_named_alike(data):
+@pytest.mark.parametrize("loss", [plain, bound])
+def test_several_outputs_are_named_alike(data, loss):
     inputs = keras.Input((3,))
     outputs = {n: keras.layers.Dense(2, name=n)(inputs) for n in ("left", "right")}
-
-    def compiled(loss):
-        keras.utils.set_random_seed(1)
-        model = keras.Model(inputs, outputs)
-        model.compile("sgd", loss=dict.fromkeys(outputs, loss), metrics={"left": [loss, loss]})
-        return model
-
-    def train(model):
-        return model.evaluate(data.x, dict.fromkeys(outputs, data.y), verbose=0, return_dict=True)
-
-    names = [set(logs) for logs in both_ways(compiled, train)]
-    assert names[0] == names[1] == {"loss", "left_loss", "right_loss", "left_plain", "left_plain_1"}
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", loss=dict.fromkeys(outputs, loss), metrics={"left": [loss, loss]})
+    logs = logs_of(model, data.x, dict.fromkeys(outputs, data.y))
+    assert set(logs) == {"loss", "left_loss", "right_loss", "left_plain", "left_plain_1"}
 
 
 def test_name_is_what_keras_calls_a_function():
@@ -216,8 +182,7 @@ def test_name_is_what_keras_calls_a_function():
 
     model = linear_model()
     model.compile(loss="mse", metrics=[HTTPLossOfV2])
-    y = np.zeros((2, 2))
-    logs = model.evaluate(np.zeros((2, 3)), y, verbose=0, return_dict=True)
+    logs = logs_of(model, np.zeros((2, 3)), np.zeros((2, 2)))
     assert with_args(HTTPLossOfV2)().name in logs
 
 
@@ -226,7 +191,7 @@ def test_metrics_have_stable_distinct_names(data):
     late = shifted.options(name="late")
     for _ in range(2):
         model.compile(loss="mse", metrics=[shifted(1), shifted(2), late(3)])
-        logs = model.evaluate(data.x, data.y, verbose=0, return_dict=True)
+        logs = logs_of(model, data.x, data.y)
         assert list(logs) == ["late", "loss", "shifted", "shifted_1"]
         assert logs["shifted_1"] - logs["shifted"] == pytest.approx(1, abs=1e-5)
         assert logs["late"] - logs["loss"] == pytest.approx(3, abs=1e-5)
@@ -236,36 +201,30 @@ def test_metric_of_each_sample_is_weighted_as_a_function_is(data):
     metric = with_args(plain).options(reduction=None, name="bound")(3.0)
     model = linear_model()
     model.compile(loss="mse", weighted_metrics=[plain, metric])
-    logs = model.evaluate(
-        data.x, data.y, sample_weight=data.weight, batch_size=5, verbose=0, return_dict=True
-    )
+    logs = logs_of(model, data.x, data.y, sample_weight=data.weight, batch_size=5)
     assert logs["plain"] == logs["bound"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "bfloat16"])
 def test_dtype_is_what_the_loss_computes_in(dtype):
-    loss = with_args(plain, dtype=dtype)(1e-3)
-    theirs = keras.losses.MeanSquaredError(dtype=dtype)
-    y_true, y_pred = np.zeros((2, 2)), np.full((2, 2), 0.1)
-    values = [f(y_true, y_pred) for f in (loss, theirs)]
-    assert {keras.backend.standardize_dtype(v.dtype) for v in values} == {
-        keras.backend.standardize_dtype(theirs(y_true, y_pred).dtype)
-    }
-    assert to_float(values[0]) == pytest.approx(to_float(values[1]) + 1e-3, rel=2e-2)
+    losses = with_args(plain, dtype=dtype)(1e-3), keras.losses.MeanSquaredError(dtype=dtype)
+    ours, theirs = (loss(np.zeros((2, 2)), np.full((2, 2), 0.1)) for loss in losses)
+    assert ours.dtype == theirs.dtype
+    assert to_float(ours) == pytest.approx(to_float(theirs) + 1e-3, rel=2e-2)
 
 
 @pytest.mark.fit
 def test_mixed_precision(data):
+    def train(loss):
+        model = linear_model()
+        model.compile("sgd", loss=loss)
+        history = model.fit(data.x, data.y, verbose=0, epochs=2).history
+        assert model.layers[-1].compute_dtype == "float16"
+        return [*history["loss"], *np.ravel(model.get_weights()[0])]
+
     keras.config.set_dtype_policy("mixed_float16")
     try:
-        results = []
-        for loss in (plain, bound):
-            model = linear_model()
-            model.compile("sgd", loss=loss)
-            logs = model.fit(data.x, data.y, verbose=0, epochs=2).history
-            results.append([*logs["loss"], *np.ravel(model.get_weights()[0])])
-            assert model.layers[-1].compute_dtype == "float16"
+        np.testing.assert_allclose(train(plain), train(bound), rtol=1e-6)
     finally:
         keras.config.set_dtype_policy("float32")
-    np.testing.assert_allclose(*results, rtol=1e-6)
     assert bound.dtype == "float32"
