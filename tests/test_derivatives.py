@@ -14,9 +14,10 @@ from keras import layers, ops
 import losses
 from helpers import BACKEND, KERAS, TESTS, attached, each_writer, message_of, raising, run_python
 from lossargs import ArgumentError, DerivativeError, SavingError, attach, derivatives, detach, grad
-from test_live_parity import HOW
+from networks import HOW
 
 pytestmark = pytest.mark.fit
+WAYS = {**HOW, "as usual": {}}  # to run a step
 X, T = np.random.default_rng(0).uniform(-1, 1, (2, 24, 1)).astype("float32")
 
 
@@ -111,25 +112,25 @@ def test_values():
 @functools.cache
 def trained(form, how):
     model, loss = by_backend.FORMS[form](2, 8)
-    model.compile(keras.optimizers.SGD(0.02), loss=loss, **HOW[how])
-    given = {"validation_data": ([X, T], X)} if how == "graph" else {}
+    model.compile(keras.optimizers.SGD(0.02), loss=loss, **WAYS[how])
+    given = {"validation_data": ([X, T], X)} if how == "as usual" else {}
     history = model.fit([X, T], np.sin(X), 6, epochs=2, shuffle=False, verbose=0, **given)
     return model, history.history
 
 
 @pytest.mark.parametrize(
-    ("form", "how"), [("grad for each", "graph"), *(("derivatives", how) for how in HOW)]
+    ("form", "how"), [("grad for each", "as usual"), *(("derivatives", how) for how in WAYS)]
 )
 def test_training_is_that_of_the_step_by_hand(form, how):
     model, logs = trained(form, how)
-    by_hand, expected = trained("by hand", "graph")
+    by_hand, expected = trained("by hand", "as usual")
     assert_same(model.get_weights(), by_hand.get_weights())
     assert_same(logs.values(), [expected[name] for name in logs])
 
 
 def test_the_step_is_not_larger_than_by_hand():
     forms = ("derivatives", "by hand")
-    programs = [measuring.program(trained(form, "graph")[0], ((X, T), X)) for form in forms]
+    programs = [measuring.program(trained(form, "as usual")[0], ((X, T), X)) for form in forms]
     ours, by_hand = (next(iter(program.values())) for program in programs)
     assert 0 < ours <= by_hand
 
@@ -201,7 +202,7 @@ def state_after_training(model, how):
             added += numbers(model.losses)
     else:
         no_losses = [lambda y_true, y_pred: 0 * y_pred for _ in model.outputs]
-        model.compile(keras.optimizers.SGD(0.1), loss=no_losses, **HOW[how])
+        model.compile(keras.optimizers.SGD(0.1), loss=no_losses, **WAYS[how])
         batches = [X + 2, T], [T for _ in model.outputs]
         added += model.fit(*batches, 8, epochs=2, shuffle=False, verbose=0).history["loss"]
     assert len(added) == 2
@@ -220,8 +221,8 @@ def plain_state(how, only_losses):
     [
         *((form, "calls", False, False) for form in STATEFUL if form != "plain"),
         *((form, "calls", True, False) for form in ("one", "nested", "flux")),
-        ("nested", "several steps" if "several steps" in HOW else "graph", False, False),
-        *((form, "graph", False, True) for form in ("one", "with y")),
+        ("nested", "several steps" if "several steps" in HOW else "as usual", False, False),
+        *((form, "as usual", False, True) for form in ("one", "with y")),
     ],
 )
 def test_state_changes_as_in_the_plain_network(form, how, only_losses, saved, tmp_path):

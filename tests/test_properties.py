@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lossargs import ArgumentError, BatchError, with_args
-from losses import described, shifted
+from losses import described
 
 pytestmark = [
     pytest.mark.properties,
@@ -48,6 +48,12 @@ def observed(y_true, y_pred, args):
 
 
 MODULE.observed = observed
+
+
+@with_args
+def shifted(y_true, y_pred, *, shift):
+    error = keras.ops.mean(keras.ops.square(y_true - y_pred), axis=-1)
+    return error + keras.ops.cast(shift, error.dtype)
 
 
 def amount(value, batch):
@@ -100,7 +106,7 @@ constants = (
     | per_sample
     | per_sample.map(keras.ops.convert_to_tensor)
     | st.builds(lambda kind, number: kind(number), st.sampled_from(FLOATS), numbers)
-    | st.integers(-9, 9).map(shifted)
+    | st.integers(-9, 9).map(lambda number: shifted(shift=number))
 )
 
 
