@@ -129,6 +129,7 @@ def test_nested_in_other_values():
     """Layers in containers and inner losses are trained; a tracked loss updates nothing more."""
     head, centres = networks.head(), networks.built(networks.Centres())
     projected, centred = networks.projected(head=head), networks.centred(centres=centres)
+    again = networks.centred.options(name="again")(centres=centres)
 
     @with_args
     def nested(y_true, y_pred, *, parts, inner):
@@ -136,11 +137,12 @@ def test_nested_in_other_values():
         return networks.projected.__wrapped__(y_true, y_pred, head=part) + inner(y_true, y_pred)
 
     loss = nested(parts={"head": ["head", (head, 2)]}, inner=centred)
-    model = attached(loss, track=[projected, centred])
+    model = attached(loss, track=[again, projected, centred])
     expected = compiled(networks.by_hand("head", "centre loss"))
     logs = assert_trained_alike(model, expected, 2)
     tracked = np.add(logs["projected"], logs["centred"])
     np.testing.assert_allclose(tracked, logs["loss"], atol=1e-6)
+    np.testing.assert_allclose(logs["again"], logs["centred"], atol=1e-6)
 
 
 def test_metric_of_a_layer_is_logged():
