@@ -44,11 +44,11 @@ def test_arrays(data):
 @pytest.mark.fit
 def test_arrays_with_validation_data_and_split(data):
     model, batch = compiled(masked()), {"mask": data.mask}
+    with pytest.raises(BatchError, match="'maks'.*Did you mean 'mask'"):  # in the first build
+        model.fit(data.x, data.y, sample_weight={"maks": data.mask}, verbose=0)
     assert model.train_on_batch(data.x, data.y, sample_weight=batch) == masked_mse(data)
     options = {"sample_weight": batch, "batch_size": 4, "verbose": 0}
     validation = (data.x[:8], data.y[:8], {"mask": data.mask[:8]})
-    with pytest.raises(BatchError, match="'maks'.*Did you mean 'mask'"):
-        model.fit(data.x, data.y, sample_weight={"maks": data.mask}, verbose=0)
     history = model.fit(data.x, data.y, validation_data=validation, **options).history
     assert history["loss"][0] == masked_mse(data)
     assert history["val_loss"][0] == masked_mse(data, slice(8))
