@@ -144,7 +144,7 @@ def traced():
         (lambda: [mse()] + mae(), "Cannot add .* to a loss"),  # noqa: RUF005
         (lambda: mse() + None, "Cannot add None"),
         (lambda: True - mse(), "Cannot add True"),
-        (lambda: mse() - 1j, "Cannot add 1j|Cannot subtract 1j|1j"),
+        (lambda: mse() - 1j, "Cannot add 1j"),
         (lambda: mse() * keras.layers.Dense(1), r"Cannot compute loss \* <Dense"),
         (lambda: mse() / keras.random.SeedGenerator(1), "Cannot compute loss / <SeedGenerator"),
         (lambda: mse() + TWO, "Cannot add <variable 'two'>.*def f"),
@@ -387,7 +387,9 @@ HOW = [
     ("several steps", {"steps_per_execution": 2}),
 ]
 if BACKEND == "torch":
-    del HOW[3 if KERAS >= (3, 12) else 2 :]  # torch.compile fails on any loss of older Keras
+    HOW.pop()  # Keras has no steps_per_execution there
+    if KERAS < (3, 12):
+        HOW.pop()  # torch.compile fails on any loss
 
 
 @fit
