@@ -35,7 +35,7 @@ def built(layer, input_shape=None):
 
 @with_args
 def perceptual(y_true, y_pred, features):
-    """Give a network both."""
+    """Compare also what a network makes of targets and predictions."""
     one, two = features(y_true, training=False), features(y_pred, training=False)
     return squared_error(y_true, y_pred) + squared_error(one, two)
 

@@ -207,21 +207,21 @@ def inside_a_model():
     return keras.Model(x, attach(functional(), losses.shifted(step_itself()))(x))
 
 
-def shift(model):
+def attach_live(model):
     return attach(model, losses.shifted(fixed()))
 
 
 NOT_KEPT = [
     (
-        shift,
+        attach_live,
         lambda: functional(cls=OwnConstructor, factor=2),
         ["'network'", "OwnConstructor", "super().__init__(inputs, attach(y_pred, loss))"],
     ),
-    (shift, lambda: OwnSequential(2), ["OwnSequential", "model.add(LossArgs(loss))"]),
-    (shift, Subclassed, ["self.loss_args(y_pred)"]),
-    (shift, lambda: np.zeros(3), ["array([0., 0., 0.])"]),
+    (attach_live, lambda: OwnSequential(2), ["OwnSequential", "model.add(LossArgs(loss))"]),
+    (attach_live, Subclassed, ["self.loss_args(y_pred)"]),
+    (attach_live, lambda: np.zeros(3), ["array([0., 0., 0.])"]),
     (
-        shift,
+        attach_live,
         lambda: keras.KerasTensor((None, 1)),
         ["neither a model nor the symbolic output of a layer"],
     ),
