@@ -45,6 +45,7 @@ def recorded(script, folder, *options):
     needs_packages("matplotlib", "mlxtend")
     files = ["--json", folder / "run.json", "--plot", folder / "run.png"]
     result = run(script, "--backend", BACKEND, "--seed", "3", *files, *options)
+    assert (folder / "run.json").exists(), result.stderr
     assert (folder / "run.png").read_bytes().startswith(b"\x89PNG"), result.stderr
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert (record.pop("backend"), record.pop("seed")) == (BACKEND, 3)
