@@ -204,3 +204,5 @@ def test_values():
     assert to_float(composed(main=shifted(1), weight=2.0)(Y_TRUE, Y_PRED)) == 12
     for weight, expected in ((None, 5), (2.0, 10), ({}, 5)):
         assert to_float(total()(Y_TRUE, Y_PRED, weight)) == expected
+    structured = with_args(lambda t, p: ops.mean(ops.square(t["a"] - p["a"]), axis=-1))
+    assert to_float(structured()({"a": Y_PRED[:, 0]}, {"a": Y_PRED})) == 0  # of one rank
