@@ -1,5 +1,6 @@
 """The bound loss: a Keras loss, immutable, equal by value, callable anywhere."""
 
+import collections
 import copy
 import pickle
 
@@ -136,7 +137,13 @@ def test_pickle_and_copies(loss):
     assert pickle.loads(pickle.dumps(loss)) is copy.deepcopy(loss) is copy.copy(loss) is loss
 
 
+class Checked(collections.namedtuple("Checked", "number")):  # noqa: PYI024, SLOT002
+    def __new__(cls, number):
+        return super().__new__(cls, float(number))
+
+
 def test_extra_arguments_at_the_call():
+    assert to_float(described()(Y_TRUE, Y_PRED, what=Checked(1))) == 5
     assert to_float(shifted()(y_true=Y_TRUE, y_pred=Y_PRED, shift=np.ones(2))) == 6
     weights = np.array([1.0, 0.0])
     assert to_float(shifted(10)(Y_TRUE, Y_PRED, sample_weight=weights, shift=1)) == 1

@@ -319,9 +319,10 @@ def inner_losses_of(args: Mapping[str, Any]) -> tuple[BoundLoss, ...]:
     """Return the bound losses among arguments, at any depth."""
     found: list[BoundLoss] = []
 
-    def look(leaf: Any) -> None:
+    def look(leaf: Any) -> Any:
         if isinstance(leaf, BoundLoss):
             found.extend((leaf, *leaf.inner_losses))
+        return leaf  # a namedtuple may check its items
 
     for name, value in args.items():
         map_leaves(value, look, repr(name))
