@@ -125,8 +125,12 @@ def test_mixed_precision():
     np.testing.assert_allclose(*logs.values(), rtol=0.02)
 
 
-def test_nested_in_other_values():
-    """Layers in containers and inner losses are trained; a tracked loss updates nothing more."""
+@each("last", [False, True])
+def test_nested_in_other_values(last):
+    """Layers in containers and inner losses are trained; a tracked loss updates nothing more.
+
+    It reads the state before the step, also if it is the last of the tracked losses.
+    """
     head, centres = networks.head(), networks.built(networks.Centres())
     projected, centred = networks.projected(head=head), networks.centred(centres=centres)
     again = networks.centred.options(name="again")(centres=centres)
@@ -137,7 +141,8 @@ def test_nested_in_other_values():
         return networks.projected.__wrapped__(y_true, y_pred, head=part) + inner(y_true, y_pred)
 
     loss = nested(parts={"head": ["head", (head, 2)]}, inner=centred)
-    model = attached(loss, track=[again, projected, centred])
+    track = [projected, centred, again] if last else [again, projected, centred]
+    model = attached(loss, track=track)
     expected = compiled(networks.by_hand("head", "centre loss"))
     logs = assert_trained_alike(model, expected, 2)
     tracked = np.add(logs["projected"], logs["centred"])

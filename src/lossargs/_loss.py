@@ -121,6 +121,15 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
         """Return the arguments that hold live values, with each leaf converted."""
         return {name: map_leaves(self.bound_args[name], convert) for name in self.live_names}
 
+    def _order(self, loss: "BoundLoss") -> tuple[bool, int]:
+        """Return the key that sorts the losses of a step, of which this one is the main loss.
+
+        A loss follows its inner losses, to reuse their results. The other tracked losses come
+        first, to read the state before this loss updates it.
+        """
+        own = {self, *self.inner_losses}
+        return not own.isdisjoint((loss, *loss.inner_losses)), len(loss.inner_losses)
+
     @property
     def terms(self) -> "tuple[BoundLoss, ...]":
         """The losses that this sum or balanced loss combines; otherwise empty."""
@@ -191,9 +200,8 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
             if len(losses) > 1 or self.inner_losses:
                 inputs = inputs.sharing()
             values = {}
-            # A loss may be an inner loss of another one, which then reuses the result.
-            for loss in sorted(losses, key=lambda loss: len(loss.inner_losses)):
-                if loss is self or loss in self.inner_losses:
+            for loss in sorted(losses, key=self._order):
+                if loss in (self, *self.inner_losses):
                     call = Call.reduced(loss, inputs, extra if loss is self else None)
                     values[loss] = call.evaluate(y_true, y_pred)
                     continue
