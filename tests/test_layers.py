@@ -75,7 +75,7 @@ def test_error_in_a_later_step():
 
 def test_trainable_changes_between_compiles():
     model, loss, features = networks.attached("trained features")
-    for is_trained in (False, True):
+    for is_trained in (True, False, True):
         features.trainable = is_trained
         before = weights_of(features.layers[0])
         fitted(compiled(model, loss))

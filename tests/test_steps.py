@@ -172,7 +172,7 @@ def test_trained_on_the_value_before_the_step(form, data):
     wrong = []
     # Without XLA, TensorFlow may let the update overtake the read: in one graph of four.
     options = {"jit_compile": False} if BACKEND == "tensorflow" else {}
-    for _ in range(4 if options else 1):
+    for _ in range(6 if options else 1):
         live = value = keras.Variable([1.0, 3.0] if form == "vector" else 1.0)
         if form == "adapter":
             live = Held(lambda v: 1.0 * v, trainable=True)
