@@ -221,9 +221,9 @@ def test_a_step_copies_nothing_to_the_host(data):
         operations = operations_of_train_step(attached(loss), (data.x, data.y))
         assert len(operations) > 20
         copies[name] = sum(any(word in one.lower() for word in words) for one in operations)
-    # On PyTorch, Keras's optimizer reads its learning rate, and a draw reads the seed.
+    # On PyTorch, the optimizer of Keras below 3.16 reads its learning rate, and a draw the seed.
     fixed = copies.pop("fixed")
-    assert (fixed > 0) == (BACKEND == "torch")
+    assert (fixed > 0) == (BACKEND == "torch" and KERAS < (3, 16))
     assert copies == dict.fromkeys(RULES, fixed) | {"ReLoBRaLo": fixed + (BACKEND == "torch")}
 
 

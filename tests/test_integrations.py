@@ -253,7 +253,9 @@ def test_export(tmp_path, data, kind):
     np.testing.assert_allclose(served(path, given), predictions(data.x), rtol=1e-4, atol=1e-5)
 
 
+# Two versions of Keras warn of layers that they do not quantize, each in its words.
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*do not support quantization:UserWarning")
 def test_quantization(tmp_path, data):
     model = attached(losses.shifted(fixed(3.0)))
     model.quantize("int8")
