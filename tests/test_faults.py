@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from helpers import BACKEND, attached, fixed, linear_model, logs_of
+from helpers import BACKEND, KERAS, attached, fixed, linear_model, logs_of
 from lossargs import ArgumentError, BatchError, with_args
 from losses import composed, masked, shifted
 
@@ -141,6 +141,8 @@ def test_entry_of_a_wrong_width_in_the_first_step(data):
         kind, text = ValueError, "Dimensions must be equal, but are (2 and 5|5 and 2)"
     with pytest.raises(kind, match=text) as error:
         fitted(compiled(masked()), data, sample_weight={"mask": WIDTH})
+    if KERAS >= (3, 16) and BACKEND == "tensorflow":
+        return  # Keras wraps a ValueError, and TensorFlow drops the notes of the wrapped one
     note = "".join(error.value.__notes__)
     length = "None" if BACKEND == "tensorflow" else "12"
     assert f"y_pred: float32 ({length}, 2); mask: float32 ({length}, 5)" in note
