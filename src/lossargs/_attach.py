@@ -18,7 +18,7 @@ from lossargs._keras import (
     own_variables,
     producer,
 )
-from lossargs._layer import LossArgs
+from lossargs._layer import LossArgs, note_shared_weights
 from lossargs._live import Adapter, Untracked, layers_of
 from lossargs._logs import LiveArg, check_log_names, names_of, output_names_of
 from lossargs._loss import BoundLoss, check_is_bound
@@ -221,7 +221,7 @@ def _attach_tensor(output: Any, loss: BoundLoss, track: Any, kept: dict[Any, Ada
     tensors = [adapter.tensor for adapter in layer.readers()]
     output = before_loss(output)
     _, layers = ancestors([output, *(t for t in tensors if t is not None)])
-    layer.note_weights_of(layers)
+    note_shared_weights(layer, layers)
     _mark_shared_layers(layer, layers)
     attached = layer(output, tensors) if tensors else layer(output)
     forget_calls(layers, LossArgs)  # otherwise, each keeps the loss alive
@@ -380,7 +380,7 @@ def _attach_sequential(model: Any, loss: Any, track: Any) -> Any:
     if not layer.readers():
         layers = [one for one in model.layers if not isinstance(one, LossArgs)]
         check_log_names({layer: ""})
-        layer.note_weights_of(layers)
+        note_shared_weights(layer, layers)
         attached = sequential_like(model, [*layers, layer])
         if not isinstance(attached, AttachedSequential):
             _mark_shared_layers(layer, layers)

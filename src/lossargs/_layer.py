@@ -103,7 +103,7 @@ class LossArgs(keras.Layer):
         self.new_inputs = None if new_inputs is None else tuple(new_inputs)
         self.unsaved = ""  # why this layer cannot be saved
         # Names of layers of the model, by the adapters that share weights with these.
-        self._shared: Any = Untracked({})
+        self.shared: Any = Untracked({})
         for one in self._args.losses:
             one.layers.add(self)
 
@@ -305,23 +305,7 @@ class LossArgs(keras.Layer):
                 one.adapter.check_is_built(f"{one.label!r} of {self.loss!r}")
         settle_names(model)
         if is_own and isinstance(model, (Functional, keras.Sequential)):
-            self.note_weights_of(model.layers)
-
-    def note_weights_of(self, layers: Iterable[Any]) -> None:
-        """Let a layer of the graph save the bound variable that is one of its weights."""
-        owners: dict[int, Any] = {}
-        for layer in layers:
-            inside = [one for one in flat_layers(layer) if not isinstance(one, Adapter)]
-            own = {id(variable) for one in inside for variable in own_variables(one)}
-            weights = enumerate(layer.weights)
-            owners |= {id(weight): (layer, i) for i, weight in weights if id(weight) in own}
-        for adapter in self.adapters:
-            variables = (*adapter.weights, adapter.variable)
-            shared = [owners[id(v)] for v in variables if id(v) in owners]
-            if shared:
-                self._shared.value[adapter] = shared[0][0].name
-            if shared and isinstance(adapter, VariableAdapter):
-                adapter.refer_to(*shared[0])
+            note_shared_weights(self, model.layers)
 
     def get_config(self) -> dict[str, Any]:
         """Return the config from which `from_config` makes this layer again.
@@ -329,39 +313,61 @@ class LossArgs(keras.Layer):
         Raises:
             SavingError: The saved model or the copy would not equal this model.
         """
-        if self.unsaved:
-            raise SavingError(f"The model of {self.loss!r} cannot be saved: {self.unsaved}")
-        if in_legacy_saving():
-            raise SavingError(
-                f"{self.loss!r} cannot be saved in the legacy HDF5 format, which cannot store "
-                'live arguments. Write model.save("model.keras").'
-            )
-        for one in self._args.live:
-            if one.adapter in self._shared.value and not in_sharing_scope():
-                raise SavingError(
-                    f"{one.label!r} of {self.loss!r} shares weights with the layer "
-                    f"{self._shared.value[one.adapter]!r}, and would have its own in a copy. Save "
-                    "and load the model, or clone detach(model)."
-                )
+        _refuse_saving(self)
         config = super().get_config()
         del config["dtype"]  # which `__init__` sets
         # Objects, not configs, so that Keras writes a shared object once.
         new = None if self.new_inputs is None else list(self.new_inputs)
         return {**config, "loss": self.loss, "track": list(self.track), "new_inputs": new}
 
-    @staticmethod
-    def losses_from_config(config: dict[str, Any]) -> list[BoundLoss]:
-        """Return the loss and the tracked losses that a config describes."""
-        return [
-            load_object(one, BoundLoss) for one in (config["loss"], *checked(config, "track", list))
-        ]
-
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         with reading("The config of a LossArgs layer"):
-            loss, *track = cls.losses_from_config(config)
+            loss, *track = losses_from_config(config)
             options = {k: v for k, v in config.items() if k not in ("loss", "track")}
             checked(options, "new_inputs", list, type(None))
             if unknown := options.keys() - {"name", "trainable", "new_inputs"}:
                 raise ValueError(f"it has unknown entries: {listed(sorted(unknown))}")
             return cls(loss, track=track, **options)
+
+
+def losses_from_config(config: dict[str, Any]) -> list[BoundLoss]:
+    """Return the loss and the tracked losses that the config of a `LossArgs` layer describes."""
+    saved = (config["loss"], *checked(config, "track", list))
+    return [load_object(one, BoundLoss) for one in saved]
+
+
+def note_shared_weights(loss_args: LossArgs, layers: Iterable[Any]) -> None:
+    """Let a layer of the graph save the bound variable that is one of its weights."""
+    owners: dict[int, Any] = {}
+    for layer in layers:
+        inside = [one for one in flat_layers(layer) if not isinstance(one, Adapter)]
+        own = {id(variable) for one in inside for variable in own_variables(one)}
+        weights = enumerate(layer.weights)
+        owners |= {id(weight): (layer, i) for i, weight in weights if id(weight) in own}
+    for adapter in loss_args.adapters:
+        variables = (*adapter.weights, adapter.variable)
+        found = [owners[id(v)] for v in variables if id(v) in owners]
+        if found:
+            loss_args.shared.value[adapter] = found[0][0].name
+        if found and isinstance(adapter, VariableAdapter):
+            adapter.refer_to(*found[0])
+
+
+def _refuse_saving(layer: LossArgs) -> None:
+    """Raise if a saved model or a copy would not equal the model of this layer."""
+    if layer.unsaved:
+        raise SavingError(f"The model of {layer.loss!r} cannot be saved: {layer.unsaved}")
+    if in_legacy_saving():
+        raise SavingError(
+            f"{layer.loss!r} cannot be saved in the legacy HDF5 format, which cannot store "
+            'live arguments. Write model.save("model.keras").'
+        )
+    shared = layer.shared.value
+    for one in layer.get_live():
+        if one.adapter in shared and not in_sharing_scope():
+            raise SavingError(
+                f"{one.label!r} of {layer.loss!r} shares weights with the layer "
+                f"{shared[one.adapter]!r}, and would have its own in a copy. Save and load the "
+                "model, or clone detach(model)."
+            )

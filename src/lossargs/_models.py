@@ -19,7 +19,7 @@ from lossargs._keras import (
     producer,
     running_step,
 )
-from lossargs._layer import LossArgs
+from lossargs._layer import LossArgs, losses_from_config
 from lossargs._live import Untracked, layers_of
 from lossargs._serialization import reading
 
@@ -75,7 +75,7 @@ class AttachedModel(_WritesSharedLayersOnce, keras.Model):
             # Networks in the losses may call layers of this graph, and are loaded before it.
             for layer in config["layers"]:
                 if layer["registered_name"] == keras.saving.get_registered_name(LossArgs):
-                    LossArgs.losses_from_config(layer["config"])
+                    losses_from_config(layer["config"])
             return super().from_config(after_earlier_calls(config), custom_objects)
 
 
