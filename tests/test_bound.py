@@ -144,6 +144,7 @@ class Checked(collections.namedtuple("Checked", "number")):  # noqa: PYI024, SLO
 
 def test_extra_arguments_at_the_call():
     assert to_float(described()(Y_TRUE, Y_PRED, what=Checked(1))) == 5
+    assert to_float(described(what=Checked(1))(Y_TRUE, Y_PRED)) == 5
     assert to_float(shifted()(y_true=Y_TRUE, y_pred=Y_PRED, shift=np.ones(2))) == 6
     weights = np.array([1.0, 0.0])
     assert to_float(shifted(10)(Y_TRUE, Y_PRED, sample_weight=weights, shift=1)) == 1

@@ -14,7 +14,7 @@ import keras
 from lossargs._errors import ArgumentError, SavingError, listed, nearest, taken
 from lossargs._keras import get_object_name
 from lossargs._serialization import NOT_LOSSES, checked, decode, encode
-from lossargs._values import bind_value, format_value, map_leaves
+from lossargs._values import bind_value, format_value, leaves
 
 _registry: "dict[tuple[type, str], Function]" = {}
 
@@ -112,8 +112,8 @@ class Function:
         for extra in bound.keys() - self._named.keys():  # the dict of `**extra`
             bound |= bound.pop(extra)
         for name, value in bound.items():
-            refuse = functools.partial(self._refuse_factory, name)
-            map_leaves(value, refuse, f"{name!r} of {self.name}()")
+            for leaf in leaves(value, f"{name!r} of {self.name}()"):
+                self._refuse_factory(name, leaf)
         return bound
 
     def _refuse_factory(self, name: str, value: Any) -> None:

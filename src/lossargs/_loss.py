@@ -19,6 +19,7 @@ from lossargs._sums import Arithmetic, label_of
 from lossargs._values import (
     cache_key,
     format_value,
+    leaves,
     live_leaves,
     map_leaves,
     readonly_copy,
@@ -121,15 +122,6 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
         """Return the arguments that hold live values, with each leaf converted."""
         return {name: map_leaves(self.bound_args[name], convert) for name in self.live_names}
 
-    def _order(self, loss: "BoundLoss") -> tuple[bool, int]:
-        """Return the key that sorts the losses of a step, of which this one is the main loss.
-
-        A loss follows its inner losses, to reuse their results. The other tracked losses come
-        first, to read the state before this loss updates it.
-        """
-        own = {self, *self.inner_losses}
-        return not own.isdisjoint((loss, *loss.inner_losses)), len(loss.inner_losses)
-
     @property
     def terms(self) -> "tuple[BoundLoss, ...]":
         """The losses that this sum or balanced loss combines; otherwise empty."""
@@ -199,9 +191,15 @@ class BoundLoss(Arithmetic, keras.losses.Loss):
             losses = dict.fromkeys([*logged, self])
             if len(losses) > 1 or self.inner_losses:
                 inputs = inputs.sharing()
-            values = {}
-            for loss in sorted(losses, key=self._order):
-                if loss in (self, *self.inner_losses):
+            own, values = {self, *self.inner_losses}, {}
+
+            def order(loss: BoundLoss) -> tuple[bool, int]:
+                # A loss follows its inner losses, to reuse their results. Tracked losses without
+                # these come first, to read the state before this loss updates it.
+                return not own.isdisjoint((loss, *loss.inner_losses)), len(loss.inner_losses)
+
+            for loss in sorted(losses, key=order):
+                if loss in own:
                     call = Call.reduced(loss, inputs, extra if loss is self else None)
                     values[loss] = call.evaluate(y_true, y_pred)
                     continue
@@ -325,16 +323,9 @@ def _unpickled(function: LossFunction, args: dict[str, Any], options: dict[str, 
 
 def inner_losses_of(args: Mapping[str, Any]) -> tuple[BoundLoss, ...]:
     """Return the bound losses among arguments, at any depth."""
-    found: list[BoundLoss] = []
-
-    def look(leaf: Any) -> Any:
-        if isinstance(leaf, BoundLoss):
-            found.extend((leaf, *leaf.inner_losses))
-        return leaf  # a namedtuple may check its items
-
-    for name, value in args.items():
-        map_leaves(value, look, repr(name))
-    return tuple(found)
+    found = [leaf for name, value in args.items() for leaf in leaves(value, repr(name))]
+    losses = [leaf for leaf in found if isinstance(leaf, BoundLoss)]
+    return tuple(one for loss in losses for one in (loss, *loss.inner_losses))
 
 
 def check_is_bound(loss: Any) -> None:

@@ -25,7 +25,7 @@ from lossargs._serialization import reading
 
 
 class _WritesSharedLayersOnce:
-    """A model whose config contains layers that losses and graph share once."""
+    """Makes the config of a model contain each layer once that losses and graph share."""
 
     def get_config(self) -> dict[str, Any]:
         """Return the config.

@@ -91,6 +91,18 @@ def map_leaves(
     return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
 
 
+def leaves(value: Any, where: str) -> list[Any]:
+    """Return the leaves and the keys of a value."""
+    found: list[Any] = []
+
+    def note(leaf: Any) -> Any:
+        found.append(leaf)
+        return leaf  # a namedtuple may check its items
+
+    map_leaves(value, note, where)
+    return found
+
+
 def live_leaves(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield the live values in a bound value, each with its place: `""`, `"_0"`, `"_key"`."""
     if is_live(value):
