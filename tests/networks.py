@@ -12,7 +12,7 @@ RNG = np.random.default_rng(7)
 X = RNG.normal(size=(32, 3)).astype("float32")
 Y = RNG.normal(size=(32, 2)).astype("float32")
 ANCHOR, IMPORTANCE = RNG.random(size=(2, 3, 2)).astype("float32")
-HOW = {"eager": {"run_eagerly": True, "jit_compile": False}}  # ways to run a step
+HOW = {"as usual": {}, "eager": {"run_eagerly": True, "jit_compile": False}}  # to run a step
 if BACKEND == "tensorflow":
     HOW["graph"] = {"jit_compile": False}
 if BACKEND != "torch":

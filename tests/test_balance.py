@@ -67,9 +67,9 @@ def train(model, data, first=0, last=STEPS):
     return [{name: float(value) for name, value in one.items()} for one in logs]
 
 
-def assert_same_logs(logs, expected, rel=1e-5, abs=1e-6):  # noqa: A002
+def assert_same_logs(logs, expected, rtol=1e-5, atol=1e-6):
     for step, (one, expected_one) in enumerate(zip(logs, expected, strict=True)):
-        assert one == pytest.approx(expected_one, rel=rel, abs=abs), step
+        assert one == pytest.approx(expected_one, rel=rtol, abs=atol), step
 
 
 def softmax(values):
@@ -136,13 +136,13 @@ def test_a_rule_equals_numpy_also_when_saved_at_any_step(rule, eager, data, tmp_
         if step in saved:
             model.save(tmp_path / f"{step}.keras")
         logs += train(model, data, step, step + 1)
-    assert_same_logs(logs, expected, rel=1e-6)
+    assert_same_logs(logs, expected, rtol=1e-6)
     np.testing.assert_allclose(model.get_weights()[0], kernel, rtol=1e-6, atol=1e-6)
     assert len({round(one["log_cosh_weight"], 6) for one in logs}) > STEPS // 2
     for step in saved:
         loaded = keras.saving.load_model(tmp_path / f"{step}.keras")
         assert type(loaded.loss.args["rule"]) is type(RULES[rule]())
-        assert_same_logs(train(loaded, data, step), logs[step:], rel=1e-6, abs=0)
+        assert_same_logs(train(loaded, data, step), logs[step:], rtol=1e-6, atol=0)
         for one, other in zip(loaded.get_weights(), model.get_weights(), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-6)
 
@@ -279,7 +279,7 @@ def test_a_rule_with_state(data, tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     again, expected = (train(one, data, 6, 9) for one in (loaded, model))
-    assert_same_logs(again, expected, rel=1e-6)
+    assert_same_logs(again, expected, rtol=1e-6)
 
 
 @with_args

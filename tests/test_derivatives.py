@@ -17,7 +17,6 @@ from lossargs import ArgumentError, DerivativeError, SavingError, attach, deriva
 from networks import HOW
 
 pytestmark = pytest.mark.fit
-WAYS = {**HOW, "as usual": {}}  # to run a step
 X, T = np.random.default_rng(0).uniform(-1, 1, (2, 24, 1)).astype("float32")
 
 
@@ -112,14 +111,14 @@ def test_values():
 @functools.cache
 def trained(form, how):
     model, loss = by_backend.FORMS[form](2, 8)
-    model.compile(keras.optimizers.SGD(0.02), loss=loss, **WAYS[how])
+    model.compile(keras.optimizers.SGD(0.02), loss=loss, **HOW[how])
     given = {"validation_data": ([X, T], X)} if how == "as usual" else {}
     history = model.fit([X, T], np.sin(X), 6, epochs=2, shuffle=False, verbose=0, **given)
     return model, history.history
 
 
 @pytest.mark.parametrize(
-    ("form", "how"), [("grad for each", "as usual"), *(("derivatives", how) for how in WAYS)]
+    ("form", "how"), [("grad for each", "as usual"), *(("derivatives", how) for how in HOW)]
 )
 def test_training_is_that_of_the_step_by_hand(form, how):
     model, logs = trained(form, how)
@@ -202,7 +201,7 @@ def state_after_training(model, how):
             added += numbers(model.losses)
     else:
         no_losses = [lambda y_true, y_pred: 0 * y_pred for _ in model.outputs]
-        model.compile(keras.optimizers.SGD(0.1), loss=no_losses, **WAYS[how])
+        model.compile(keras.optimizers.SGD(0.1), loss=no_losses, **HOW[how])
         batches = [X + 2, T], [T for _ in model.outputs]
         added += model.fit(*batches, 8, epochs=2, shuffle=False, verbose=0).history["loss"]
     assert len(added) == 2
